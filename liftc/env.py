@@ -1,0 +1,43 @@
+"""Every environment variable liftc reads; `os.environ` is read nowhere else."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def debug_level() -> int:
+    """`LIFTC_DEBUG`: 0 silent, 1 timings, 2 pass names, 3 IR after each phase, 4 generated code, 5 tracebacks."""
+    value = os.environ.get("LIFTC_DEBUG", "0")
+    return int(value) if value.isdigit() else 0
+
+
+def dump_dir() -> Path | None:
+    """`LIFTC_DUMP`: folder that receives the program text after each phase, or None."""
+    value = os.environ.get("LIFTC_DUMP")
+    return Path(value) if value else None
+
+
+def verify_enabled() -> bool:
+    """`LIFTC_VERIFY=0` turns off the verifier between passes."""
+    return os.environ.get("LIFTC_VERIFY", "1") != "0"
+
+
+def cache_dir() -> Path:
+    """`LIFTC_CACHE_DIR`: compiled encoder kernels and converted GGUF files; default `~/.cache/liftc`."""
+    value = os.environ.get("LIFTC_CACHE_DIR")
+    return Path(value) if value else Path.home() / ".cache" / "liftc"
+
+
+def num_threads() -> int:
+    """`LIFTC_NUM_THREADS`: threads of the CPU kernels; default: the cores this process may use."""
+    value = os.environ.get("LIFTC_NUM_THREADS", "")
+    if value.isdigit() and int(value) > 0:
+        return int(value)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+def cuda_home() -> Path | None:
+    """`CUDA_HOME` or `CUDA_PATH`: root of a CUDA toolkit, or None."""
+    value = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    return Path(value) if value else None

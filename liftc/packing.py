@@ -1,0 +1,43 @@
+"""The portable packed layout of signs: 32 rows share a word, one word per lifted column.
+
+`packed[g, k]` is an int32 whose bit r (little-endian, r = 0 least significant) is 1 when the sign of row
+32 g + r at lifted column k is +1. Rows past the last one are 0 bits. Columns need no padding, which is
+what keeps a 576-wide layer at 2.41 stored bits where padding every row to whole words would cost 2.44.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from liftc.errors import LiftcError
+from liftc.spec import ROWS_PER_WORD
+
+
+def packed_rows(out_features: int) -> int:
+    """Row groups of the packed layout, ceil(out_features / 32)."""
+    return -(-out_features // ROWS_PER_WORD)
+
+
+def pack_signs(signs: torch.Tensor) -> torch.Tensor:
+    """Pack signs (out_features, lifted_features), any dtype, > 0 meaning +1, into int32 (groups, lifted)."""
+    if signs.ndim != 2:
+        raise LiftcError(f"pack_signs: need a matrix of signs, got shape {tuple(signs.shape)}")
+    rows, columns = signs.shape
+    groups = packed_rows(rows)
+    bits = torch.zeros(groups * ROWS_PER_WORD, columns, dtype=torch.bool)
+    bits[:rows] = signs.cpu() > 0
+    grouped = bits.view(groups, ROWS_PER_WORD, columns)
+    words = torch.zeros(groups, columns, dtype=torch.int64)
+    for r in range(ROWS_PER_WORD):
+        words |= grouped[:, r].to(torch.int64) << r
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
+def unpack_signs(packed: torch.Tensor, out_features: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Inverse of pack_signs: (out_features, lifted_features) of -1 and +1."""
+    groups, columns = packed.shape
+    if packed_rows(out_features) != groups:
+        raise LiftcError(f"unpack_signs: {groups} row groups cannot hold exactly {out_features} rows")
+    shifts = torch.arange(ROWS_PER_WORD, dtype=torch.int32, device=packed.device)
+    bits = (packed[:, None, :] >> shifts[None, :, None]) & 1
+    return (bits.view(groups * ROWS_PER_WORD, columns)[:out_features] * 2 - 1).to(dtype)

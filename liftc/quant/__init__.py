@@ -1,0 +1,1 @@
+"""Quantizer: mapping matrices, encoder, whitening, calibration, block LDLQ."""
