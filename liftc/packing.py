@@ -41,3 +41,25 @@ def unpack_signs(packed: torch.Tensor, out_features: int, dtype: torch.dtype = t
     shifts = torch.arange(ROWS_PER_WORD, dtype=torch.int32, device=packed.device)
     bits = (packed[:, None, :] >> shifts[None, :, None]) & 1
     return (bits.view(groups * ROWS_PER_WORD, columns)[:out_features] * 2 - 1).to(dtype)
+
+
+def concatenate_packed(parts: list[torch.Tensor], rows: list[int]) -> torch.Tensor:
+    """Stack packed matrices of `rows[i]` rows each into one, in order.
+
+    Every part but the last must fill its words (rows % 32 == 0); raises LiftcError otherwise.
+    """
+    for part, count in zip(parts[:-1], rows[:-1], strict=True):
+        if count % ROWS_PER_WORD or packed_rows(count) != part.shape[0]:
+            raise LiftcError(f"concatenate_packed: a part of {count} rows does not fill its words")
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def slice_packed(packed: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """Rows start:stop of a packed matrix as a packed matrix of its own."""
+    if start % ROWS_PER_WORD:
+        return pack_signs(unpack_signs(packed, packed.shape[0] * ROWS_PER_WORD, torch.int8)[start:stop])
+    words = packed[start // ROWS_PER_WORD : packed_rows(stop)].clone()
+    tail = (stop - start) % ROWS_PER_WORD
+    if tail:
+        words[-1] &= (1 << tail) - 1
+    return words

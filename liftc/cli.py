@@ -1,0 +1,196 @@
+"""Command line: parses arguments, calls one driver function, prints its answer. Nothing else."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from liftc import __version__, env
+from liftc.errors import LiftcError
+
+Answer = dict[str, Any]
+
+
+def _compile(a: argparse.Namespace) -> Answer:
+    from liftc.driver.compile import CompileOptions, compile_summary
+
+    options = CompileOptions(
+        bits=a.bits, formats=tuple(a.format or ()), targets=tuple(a.target or ("llvm",)), archs=tuple(a.arch or ()),
+        cpu=a.cpu, calibration=a.calibration, calibration_windows=a.calibration_windows,
+        calibration_length=a.calibration_length, beam=a.beam, damp=a.damp, seed=a.seed, dtype=a.dtype,
+        include=a.include, exclude=a.exclude, dump_ir=a.dump_ir, overwrite=a.overwrite, progress=not a.quiet,
+        command=tuple(sys.argv[1:]),
+    )  # fmt: skip
+    return compile_summary(a.model, a.output, options)
+
+
+def _generate(a: argparse.Namespace) -> Answer:
+    from liftc.driver.generate import generate_text
+
+    return generate_text(
+        a.artifact, a.prompt, chat=a.chat, device=a.device, max_new_tokens=a.max_new_tokens,
+        temperature=a.temperature, top_k=a.top_k, top_p=a.top_p, seed=a.seed, stop=tuple(a.stop or ()),
+        echo=None if a.json else sys.stdout,
+    )  # fmt: skip
+
+
+def _eval(a: argparse.Namespace) -> Answer:
+    from liftc.driver.evaluate import evaluate_artifact
+
+    return evaluate_artifact(
+        a.artifact, a.text, reference=a.reference, context=a.ctx, windows=a.windows, device=a.device,
+        dtype=a.dtype, progress=not a.quiet,
+    )  # fmt: skip
+
+
+def _inspect(a: argparse.Namespace) -> Answer:
+    from liftc.driver.inspect import inspect_artifact
+
+    return inspect_artifact(a.artifact, graph=a.graph, tensors=a.tensors, check=not a.no_check)
+
+
+def _opt(a: argparse.Namespace) -> Answer:
+    from liftc.driver.opt import optimise_text
+
+    return optimise_text(a.program, a.passes, dump_ir=a.dump_ir, list_passes=a.list)
+
+
+def _convert(a: argparse.Namespace) -> Answer:
+    from liftc.gguf import convert_gguf
+
+    convert_gguf(a.gguf, a.output)
+    return {"output": str(a.output)}
+
+
+def _lattice(a: argparse.Namespace) -> Answer:
+    from liftc.driver.lattice import run_lattice
+
+    return run_lattice(a)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of every subcommand."""
+    parser = argparse.ArgumentParser(prog="liftc", description="Compile language models to fractional bit-widths.")
+    parser.add_argument("--version", action="version", version=f"liftc {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    c = _command(commands, "compile", _compile, "quantize and compile a model into an artifact folder")
+    c.add_argument("model", type=Path, help="Hugging Face folder (safetensors) or a .gguf file")
+    c.add_argument("-o", "--output", type=Path, required=True, help="artifact folder to create")
+    c.add_argument("-b", "--bits", type=_number, help="bits per weight, 1 to 8 (default 2.4); D/32 nearest to it")
+    c.add_argument(
+        "--format", action="append", metavar="[REGEX=]LQ-D/d", help="format of all, or of matching linears; repeatable"
+    )
+    c.add_argument("--target", action="append", choices=("llvm", "cuda"), help="repeatable; default llvm (this CPU)")
+    c.add_argument("-arch", "--arch", action="append", metavar="sm_XX", help="CUDA architectures; repeatable")
+    c.add_argument("--cpu", default="native", help="CPU level: native, x86-64-v2, x86-64-v3, x86-64-v4")
+    c.add_argument("--calibration", type=Path, help="UTF-8 text file (default: the bundled web text)")
+    c.add_argument("--calibration-windows", type=int, default=64, help="number of windows (default 64)")
+    c.add_argument("--calibration-length", type=int, default=512, help="tokens per window (default 512)")
+    c.add_argument("--beam", type=int, default=64, help="beam width of the encoder (default 64)")
+    c.add_argument("--damp", type=float, default=0.01, help="damping of the input gram (default 0.01)")
+    c.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="activations (default: the model's)")
+    c.add_argument("--include", metavar="REGEX", help="also lower linears outside the decoder blocks that match")
+    c.add_argument("--exclude", metavar="REGEX", help="keep matching linears as they are")
+    c.add_argument("--seed", type=int, default=0)
+    c.add_argument("--dump-ir", type=Path, metavar="DIR", help="write the program after every pass")
+    c.add_argument("--overwrite", action="store_true", help="replace an existing artifact once the new one is done")
+
+    g = _command(commands, "generate", _generate, "continue a prompt")
+    g.add_argument("artifact", type=Path)
+    g.add_argument("-p", "--prompt", required=True)
+    g.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
+    g.add_argument("-n", "--max-new-tokens", type=int, default=128)
+    g.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    g.add_argument("--top-k", type=int, default=0)
+    g.add_argument("--top-p", type=float, default=1.0)
+    g.add_argument("--seed", type=int)
+    g.add_argument("--stop", action="append", metavar="TEXT", help="end when this text appears; repeatable")
+    g.add_argument("--device")
+
+    e = _command(commands, "eval", _eval, "perplexity, KL divergence and top-1 agreement on a text file")
+    e.add_argument("artifact", type=Path, help="artifact folder, or a model folder to evaluate unquantized")
+    e.add_argument("--reference", type=Path, help="the original model folder")
+    e.add_argument("--text", type=Path, required=True)
+    e.add_argument("--ctx", type=int, default=2048, help="tokens per window (default 2048)")
+    e.add_argument("--windows", type=int, help="windows from the start of the text (default: all)")
+    e.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="dtype of model folders")
+    e.add_argument("--device")
+
+    i = _command(commands, "inspect", _inspect, "formats, byte ledger, targets of an artifact")
+    i.add_argument("artifact", type=Path)
+    i.add_argument("--graph", action="store_true", help="print the program text")
+    i.add_argument("--tensors", action="store_true", help="list every tensor")
+    i.add_argument("--no-check", action="store_true", help="skip the sha256 of the files")
+
+    o = _command(commands, "opt", _opt, "run passes over a program text")
+    o.add_argument("program", type=Path, nargs="?", help="program text, as written by --dump-ir or program.txt")
+    o.add_argument("-p", "--passes", default="", metavar="PIPELINE", help="for example 'assign-formats{bits=2.4}'")
+    o.add_argument("--dump-ir", type=Path, metavar="DIR")
+    o.add_argument("--list", action="store_true", help="list the passes and their options")
+
+    v = _command(commands, "convert", _convert, "turn a GGUF file into a Hugging Face folder")
+    v.add_argument("gguf", type=Path)
+    v.add_argument("-o", "--output", type=Path, required=True)
+
+    _add_lattice(commands)
+    return parser
+
+
+def _add_lattice(commands: Any) -> None:
+    lattice = _command(commands, "lattice", _lattice, "learn, evaluate and show mapping matrices")
+    actions = lattice.add_subparsers(dest="action", required=True, metavar="ACTION")
+    for name, text in (("eval", "mean squared error on Gaussian samples"), ("show", "provenance of a matrix"),
+                       ("train", "learn a mapping matrix"), ("report", "rate-distortion table and plot")):  # fmt: skip
+        sub = actions.add_parser(name, help=text, description=text)
+        sub.add_argument("--json", action="store_true", default=argparse.SUPPRESS)
+        sub.add_argument("--format", action="append", metavar="LQ-D/d", help="repeatable")
+        sub.add_argument("--beam", type=int, action="append", help="repeatable (default 64)")
+        sub.add_argument("--samples", type=int, default=100_000, help="weights, rounded up to whole vectors")
+        sub.add_argument("--seed", type=int, default=0)
+        sub.add_argument("--device")
+        sub.add_argument("-o", "--output", type=Path)
+        if name == "train":
+            sub.add_argument("--steps", type=int, help="training steps (default: the recipe of the format)")
+
+
+def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], Answer], text: str) -> Any:
+    parser = commands.add_parser(name, help=text, description=text)
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress bars")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number; give bits such as 2.4") from None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 2 for a user's mistake, 130 when interrupted."""
+    arguments = build_parser().parse_args(argv)
+    shown = {k: str(v) for k, v in vars(arguments).items() if k not in {"run", "command", "json", "quiet"} and v}
+    if not arguments.quiet:
+        print(f"liftc {arguments.command}: " + " ".join(f"{k}={v}" for k, v in shown.items()), file=sys.stderr)
+    try:
+        answer = arguments.run(arguments)
+    except LiftcError as error:
+        if env.debug_level() >= 5:
+            raise
+        print(f"liftc {arguments.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"liftc {arguments.command}: interrupted", file=sys.stderr)
+        return 130
+    if arguments.json:
+        print(json.dumps({k: v for k, v in answer.items() if k != "text"}, sort_keys=True))
+    else:
+        print(answer["text"] if "text" in answer else "\n".join(f"{k}: {v}" for k, v in answer.items()))
+    return 0

@@ -1,0 +1,280 @@
+"""compile: model -> artifact. Capture, passes, quantize block by block, passes, kernels, files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from liftc import __version__, env
+from liftc.artifact import file_sha256, save_shards, staging, write_json, write_manifest
+from liftc.capture import Captured, capture
+from liftc.codegen.build import build, check_toolchain
+from liftc.driver.calibrate import (
+    CalibrationInputs,
+    encoder_inputs,
+    example_module_inputs,
+    language_model_inputs,
+)
+from liftc.driver.card import model_card
+from liftc.driver.inspect import inspect_artifact
+from liftc.driver.weights import artifact_tensors
+from liftc.errors import ArtifactError, CheckpointError, QuantizeError
+from liftc.format import LiftFormat
+from liftc.graphjson import graph_to_json
+from liftc.gguf import convert_gguf
+from liftc.passes.base import PassPipeline
+from liftc.passes.pipeline import after_quantize, before_quantize
+from liftc.plan import Plan
+from liftc.program import Program
+from liftc.quant.blocks import BlockRunner
+from liftc.quant.stream import Quantized, QuantizeOptions, StreamQuantizer
+from liftc.runtime.loader import FOLDED
+from liftc.text import print_program
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "vocab.json",
+    "merges.txt", "vocab.txt", "added_tokens.json", "chat_template.jinja", "generation_config.json",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """Options of `liftc compile`; the defaults are the command line's.
+
+    bits: bits per weight of the signs, rounded to D/32 (2.4 unless `formats` gives one for all). formats:
+    "LQ-D/d" for all linears or "REGEX=LQ-D/d" for the matching ones. targets: "llvm", "cuda". archs: "sm_89",
+    ... for cuda. cpu: "native" or an x86-64 level for llvm.
+    """
+
+    bits: float | None = None
+    formats: tuple[str, ...] = ()
+    targets: tuple[str, ...] = ("llvm",)
+    archs: tuple[str, ...] = ()
+    cpu: str = "native"
+    calibration: Path | None = None
+    calibration_windows: int = 64
+    calibration_length: int = 512
+    beam: int = 64
+    damp: float = 0.01
+    seed: int = 0
+    dtype: str | None = None
+    include: str | None = None
+    exclude: str | None = None
+    dump_ir: Path | None = None
+    overwrite: bool = False
+    progress: bool = True
+    command: tuple[str, ...] = field(default=(), compare=False)
+
+    def formats_by_pattern(self) -> tuple[LiftFormat, dict[str, LiftFormat]]:
+        """(format of all linears, regex -> format); raises FormatError and QuantizeError."""
+        default: LiftFormat | None = None
+        overrides: dict[str, LiftFormat] = {}
+        for text in self.formats:
+            pattern, equals, fmt = text.rpartition("=")
+            if equals:
+                overrides[pattern] = LiftFormat.parse(fmt)
+            elif default is None:
+                default = LiftFormat.parse(fmt)
+            else:
+                raise QuantizeError(f"--format gives two formats for all linears, {default} and {fmt}")
+        if default is not None and self.bits is not None:
+            raise QuantizeError("give either --bits or one --format for all linears, not both")
+        return default or LiftFormat.from_bits(2.4 if self.bits is None else self.bits), overrides
+
+
+def compile_model(
+    model: str | Path | nn.Module,
+    output: str | Path,
+    options: CompileOptions | None = None,
+    *,
+    example_inputs: Sequence[torch.Tensor] | None = None,
+    **changes: Any,
+) -> Path:
+    """Compile a model into an artifact folder and return its path.
+
+    model: Hugging Face folder, .gguf file, or any module (then example_inputs are its positional inputs and
+    also the calibration set). Keyword arguments override fields of `options`. An interrupted call continues
+    when repeated with the same arguments. Raises LiftcError subclasses for anything the user can mend.
+    """
+    options = replace(options or CompileOptions(), **changes)
+    out = Path(output)
+    default, overrides = options.formats_by_pattern()
+    quantize = QuantizeOptions(beam=options.beam, damp=options.damp, seed=options.seed)
+    if out.exists() and not options.overwrite:
+        raise ArtifactError(f"{out} exists already; choose another output or allow overwriting it (--overwrite)")
+    check_toolchain(options.targets, options.archs, options.cpu)
+    started = time.perf_counter()
+    source = _source(model)
+    captured = capture(source, example_inputs, dtype=options.dtype)
+    pipeline = before_quantize(default, overrides, include=options.include, exclude=options.exclude)
+    dump = options.dump_ir or env.dump_dir()
+    program = PassPipeline(pipeline, dump_dir=dump).apply(captured.program)
+    if not program.linears:
+        raise QuantizeError("no linear layer was selected; widen --include or drop --exclude")
+    inputs = _calibrate(captured, program, source, options, example_inputs)
+    partial = out.with_name(out.name + ".partial")
+    _resume_or_clear(
+        partial, _fingerprint(captured, program, inputs, quantize), announce=options.progress
+    )
+    runner = BlockRunner(program.graphs[inputs.graph], inputs.sequences, inputs.shared, inputs.scratch)
+    quantized = StreamQuantizer(
+        program, inputs.graph, captured.checkpoint, runner, quantize, partial / "quantized"
+    ).run(progress=options.progress)
+    lowered = PassPipeline(after_quantize(), dump_dir=dump).apply(program)
+    with staging(out, partial, overwrite=options.overwrite) as stage:
+        _write(stage, captured, lowered, quantized, source, inputs, options)
+    shutil.rmtree(partial, ignore_errors=True)
+    if options.progress:
+        print(f"compiled {out} in {time.perf_counter() - started:.0f} s", flush=True)
+    return out
+
+
+def compile_summary(model: Path, output: Path, options: CompileOptions) -> dict[str, Any]:
+    """compile_model, then what `liftc inspect` says of the result."""
+    started = time.perf_counter()
+    path = compile_model(model, output, options)
+    return {"output": str(path), "seconds": time.perf_counter() - started, **inspect_artifact(path, check=False)}
+
+
+def _write(
+    stage: Path,
+    captured: Captured,
+    lowered: Program,
+    quantized: Quantized,
+    source: Path | nn.Module,
+    inputs: CalibrationInputs,
+    options: CompileOptions,
+) -> None:
+    plan = Plan.from_program(lowered)
+    tensors = artifact_tensors(lowered, quantized, captured.checkpoint)
+    save_shards(stage, tensors, {entry.name: entry.nbytes for entry in plan.entries})
+    (stage / "graph").mkdir()
+    for name, graph in lowered.graphs.items():
+        write_json(stage / "graph" / f"{name}.json", graph_to_json(graph))
+    write_json(stage / FOLDED, {name: [op, list(args)] for name, (op, args) in lowered.folded.items()})
+    (stage / "kernels").mkdir()
+    for target in options.targets:
+        build(target, options.archs if target == "cuda" else (), stage / "kernels", cpu=options.cpu)
+    write_json(stage / "plan.json", plan.to_json())
+    (stage / "program.txt").write_text(print_program(lowered), encoding="utf-8")
+    facts = {
+        "route": str(lowered.attrs.get("route", "graph")),
+        "formats": {name: str(spec.format) for name, spec in lowered.linears.items()},
+        "beam": options.beam, "damp": options.damp, "seed": options.seed, "calibration": inputs.description,
+    }  # fmt: skip
+    if captured.config is not None:
+        write_json(stage / "config.json", {**captured.config, "quantization_config": _quantization(plan, facts)})
+    if isinstance(source, Path):
+        for name in TOKENIZER_FILES:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, stage / name)
+    write_json(stage / "report.json", {"linears": [asdict(row) for row in quantized.report]})
+    card = model_card(source.name if isinstance(source, Path) else type(source).__name__, plan, facts, quantized)
+    (stage / "README.md").write_text(card, encoding="utf-8")
+    write_manifest(
+        stage,
+        {"liftc": __version__, "kind": captured.kind, "targets": list(options.targets),
+         "command": list(options.command), "options": facts, "versions": _versions(),
+         "source": source.name if isinstance(source, Path) else type(source).__name__},
+    )  # fmt: skip
+
+
+def _quantization(plan: Plan, facts: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "quant_method": "liftq",
+        "version": 1,
+        "bits_per_weight": round(plan.bits_per_weight, 5),
+        "formats": sorted(set(facts["formats"].values())),
+        "calibration": facts["calibration"],
+    }
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    names = ("torch", "apache-tvm", "apache-tvm-ffi", "transformers", "safetensors")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def _source(model: str | Path | nn.Module) -> Path | nn.Module:
+    """The model folder behind `model`; a GGUF file is converted once into the cache folder."""
+    if isinstance(model, nn.Module):
+        return model
+    path = Path(model)
+    if path.suffix != ".gguf":
+        return path
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist; give a model folder or a .gguf file")
+    folder = env.cache_dir() / "gguf" / file_sha256(path)[:32]
+    if not folder.is_dir():
+        convert_gguf(path, folder)
+    return folder
+
+
+def _calibrate(
+    captured: Captured,
+    program: Program,
+    source: Path | nn.Module,
+    options: CompileOptions,
+    example_inputs: Sequence[torch.Tensor] | None,
+) -> CalibrationInputs:
+    windows, length = options.calibration_windows, options.calibration_length
+    if captured.kind == "causal-lm":
+        assert isinstance(source, Path)
+        return language_model_inputs(program, source, options.calibration, windows, length, options.seed)
+    if example_inputs is not None:
+        return example_module_inputs(program, example_inputs)
+    if isinstance(source, Path):
+        return encoder_inputs(program, source, options.calibration, windows, length)
+    raise QuantizeError("a module needs example_inputs: they trace it and calibrate it")
+
+
+def _fingerprint(
+    captured: Captured, program: Program, inputs: CalibrationInputs, quantize: QuantizeOptions
+) -> dict[str, Any]:
+    """What must not change between an interrupted compile and the one that continues it."""
+    weights = hashlib.sha256()
+    for linear in program.linears.values():
+        tensor = captured.checkpoint.tensor(linear.weight).contiguous()
+        weights.update(linear.weight.encode())
+        weights.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return {
+        "model": weights.hexdigest(),
+        "program": hashlib.sha256(print_program(program).encode()).hexdigest(),
+        "calibration": inputs.digest,
+        "options": asdict(quantize),
+        "version": __version__,
+    }
+
+
+def _resume_or_clear(partial: Path, fingerprint: Mapping[str, Any], *, announce: bool) -> None:
+    """Keep the finished blocks of an interrupted run of the same compile; drop anything else."""
+    marker = partial / "fingerprint.json"
+    if partial.exists():
+        try:
+            previous = json.loads(marker.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            previous = {}
+        changed = [key for key in fingerprint if previous.get(key) != fingerprint[key]]
+        if changed:
+            if announce:
+                print(f"starting over: {', '.join(changed)} differ from the interrupted run in {partial}")
+            shutil.rmtree(partial)
+        elif announce:
+            done = len(list((partial / "quantized").glob("block-*.safetensors")))
+            print(f"continuing the interrupted run in {partial}: {done} blocks are done")
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        write_json(marker, fingerprint)
+    except OSError as error:
+        raise ArtifactError(f"cannot write {partial}: {error.strerror or error}") from error

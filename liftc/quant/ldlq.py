@@ -1,0 +1,104 @@
+"""Block LDLQ: quantize one group of linears that share an input, block by block, with error feedback.
+
+With H' the damped input gram in whitened coordinates and H'⁻¹ = Uᵀ U (U upper triangular), block k of d
+columns is encoded in the metric A = U_kk⁻ᵀ (AᵀA is the Schur complement: the error that remains after the
+later blocks compensate), and its error is fed to the later columns: W -= E U_kk⁻¹ U_k,later.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from liftc.errors import QuantizeError
+from liftc.packing import pack_signs
+from liftc.quant.encode import encode_prepared, prepare
+from liftc.quant.whitening import Whitening, damped
+from liftc.spec import LiftSpec
+
+
+@dataclass(frozen=True)
+class GroupResult:
+    """Outcome for the stacked rows of one group.
+
+    packed: int32 (ceil(OC / 32), lifted_features). output_scale: bfloat16 (OC,). weight: float32 (OC, IC), the
+    dense weight the signs stand for. relative_error: ||W - Ŵ||² / ||W||². proxy_loss: the same in the metric
+    of the input gram, tr(E H Eᵀ) / tr(W H Wᵀ).
+    """
+
+    packed: torch.Tensor
+    output_scale: torch.Tensor
+    weight: torch.Tensor
+    relative_error: float
+    proxy_loss: float
+
+
+@torch.no_grad()
+def quantize_group(
+    weight: torch.Tensor,
+    gram: torch.Tensor,
+    spec: LiftSpec,
+    whitening: Whitening,
+    mapping_matrix: torch.Tensor,
+    *,
+    beam: int,
+    damp: float,
+    lam: float,
+) -> GroupResult:
+    """Quantize weight (OC, IC) against gram (IC, IC) = E[x xᵀ]; both any float dtype.
+
+    Raises QuantizeError for NaN or infinite weights. Rows of zeros get output_scale 0.
+    """
+    weight = weight.float()
+    if not torch.isfinite(weight).all():
+        raise QuantizeError("the weights hold NaN or infinite values; repair the checkpoint first")
+    d, lifted = spec.format.subspace_dim, spec.format.lifted_dim
+    work = whitening.whiten_weight(weight)
+    factor = feedback_factor(whitening.whiten_gram(gram.double()), damp)
+    scale = work.pow(2).mean(1).sqrt().to(torch.bfloat16)
+    rows = scale.float()[:, None]
+    safe = torch.where(rows > 0, rows, torch.ones_like(rows))
+    packed = torch.empty(-(-work.shape[0] // 32), spec.lifted_features, dtype=torch.int32)
+    decoded = torch.zeros_like(work)
+    for index, start in enumerate(range(0, spec.padded_in_features, d)):
+        stop = start + d
+        inverse = torch.linalg.inv(factor[start:stop, start:stop])
+        metric = inverse.T / math.sqrt(inverse.pow(2).sum().item() / d)
+        block = work[:, start:stop]
+        signs = encode_prepared(block / safe, prepare(mapping_matrix, metric, lam), beam)
+        packed[:, index * lifted : (index + 1) * lifted] = pack_signs(signs)
+        decoded[:, start:stop] = (signs.float() @ mapping_matrix.T) * rows
+        if stop < work.shape[1]:
+            feedback = (inverse @ factor[start:stop, stop:]).float()
+            work[:, stop:] -= (block - decoded[:, start:stop]) @ feedback
+    dense = whitening.unwhiten_weight(decoded, weight.shape[1])
+    return GroupResult(packed, scale, dense, *_errors(weight, dense, gram))
+
+
+def feedback_factor(whitened_gram: torch.Tensor, damp: float) -> torch.Tensor:
+    """U (n, n) float64, upper triangular, with Uᵀ U the inverse of the damped gram.
+
+    Damping grows tenfold at a time when the gram is too ill-conditioned for float64.
+    """
+    for attempt in range(5):
+        gram = damped(whitened_gram, damp * 10**attempt)
+        lower, info = torch.linalg.cholesky_ex(gram)
+        if info.item() == 0:
+            inverse = torch.cholesky_inverse(lower)
+            upper, info = torch.linalg.cholesky_ex((inverse + inverse.T) / 2, upper=True)
+            if info.item() == 0 and bool(torch.isfinite(upper).all()):
+                return upper
+    raise QuantizeError("the input gram is not positive definite even when damped; use more calibration text")
+
+
+def _errors(weight: torch.Tensor, dense: torch.Tensor, gram: torch.Tensor) -> tuple[float, float]:
+    error = (weight - dense).double()
+    exact, metric = weight.double(), gram.double()
+    energy = exact.pow(2).sum().item()
+    proxy = ((exact @ metric) * exact).sum().item()
+    return (
+        error.pow(2).sum().item() / energy if energy > 0 else 0.0,
+        ((error @ metric) * error).sum().item() / proxy if proxy > 0 else 0.0,
+    )

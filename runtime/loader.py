@@ -1,0 +1,94 @@
+"""Load an artifact folder: check it, place its tensors, register its kernels, bind its graphs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import liftc.ir  # noqa: F401  defines the liftc:: ops
+from liftc import reference
+from liftc.artifact import read_json, read_manifest
+from liftc.checkpoint import SafetensorsCheckpoint
+from liftc.errors import ArtifactError, LiftcError, TargetError
+from liftc.graphjson import graph_from_json
+from liftc.runtime.kernels import load_kernels
+from liftc.runtime.module import CausalLM, GraphModel
+from liftc.runtime.ops import register
+
+FOLDED = "graph/folded.json"
+DEVICE_OF_TARGET = {"llvm": "cpu", "cuda": "cuda"}
+
+
+def load(path: str | Path, device: str | torch.device | None = None, *, check: bool = True) -> GraphModel:
+    """Load an artifact as a torch module: CausalLM for language models, GraphModel otherwise.
+
+    device: "cpu", "cuda", "cuda:1", or None for the device of the artifact's first target. check=False skips
+    the sha256 of the files. Needs torch and tvm_ffi only. Raises ArtifactError for an incomplete or altered
+    folder and TargetError when the artifact holds no code for the device.
+    """
+    folder = Path(path)
+    manifest = read_manifest(folder, check=check)
+    place = _device(manifest, device)
+    kernels = load_kernels(_kernel_object(folder, manifest, place), place)
+    names = [name for name in manifest["files"] if name.startswith("graph/") and name != FOLDED]
+    graphs = {Path(name).stem: graph_from_json(read_json(folder / name)) for name in names}
+    tensors = _tensors(folder, place)
+    tensors.update(_folded(folder, tensors))
+    register(kernels)
+    if manifest.get("kind") == "causal-lm":
+        return CausalLM(graphs, tensors, read_json(folder / "config.json"), place)
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    return GraphModel(graphs, tensors, config, place)
+
+
+def _device(manifest: dict[str, Any], device: str | torch.device | None) -> torch.device:
+    targets = list(manifest.get("targets") or ())
+    if not targets or any(target not in DEVICE_OF_TARGET for target in targets):
+        raise ArtifactError(f"the manifest names the targets {targets}, this liftc knows {list(DEVICE_OF_TARGET)}")
+    place = torch.device(device) if device is not None else torch.device(DEVICE_OF_TARGET[targets[0]])
+    devices = [DEVICE_OF_TARGET[target] for target in targets]
+    if place.type not in devices:
+        raise TargetError(
+            f"this artifact holds code for {' and '.join(devices)}, not for {place.type}; "
+            f"compile it again with the target you need"
+        )
+    if place.type == "cuda" and not torch.cuda.is_available():
+        offer = "; load it with device='cpu' to use its CPU code" if "cpu" in devices else ""
+        raise TargetError(f"this artifact is compiled for CUDA and this machine has no usable NVIDIA GPU{offer}")
+    return place
+
+
+def _kernel_object(folder: Path, manifest: dict[str, Any], place: torch.device) -> Path:
+    target = next(target for target, name in DEVICE_OF_TARGET.items() if name == place.type)
+    for name in manifest["files"]:
+        if name.startswith("kernels/") and name.endswith(".json"):
+            if read_json(folder / name).get("target") == target:
+                return (folder / name).with_suffix(".so")
+    raise ArtifactError(f"{folder / 'kernels'} holds no object for target {target}")
+
+
+def _tensors(folder: Path, place: torch.device) -> dict[str, torch.Tensor]:
+    checkpoint = SafetensorsCheckpoint(folder)
+    tensors: dict[str, torch.Tensor] = {}
+    for name in checkpoint.names():
+        tensor = checkpoint.tensor(name)
+        tensors[name] = tensor.to(place, torch.float32) if name.endswith(".output_scale") else tensor.to(place)
+    return tensors
+
+
+def _folded(folder: Path, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    entries = read_json(folder / FOLDED) if (folder / FOLDED).is_file() else {}
+    result: dict[str, torch.Tensor] = {}
+    for name, entry in entries.items():
+        try:
+            op, operands = entry
+            if op != "decode_right":
+                raise ArtifactError(f"{folder / FOLDED} folds {name} with unknown op {op!r}")
+            result[name] = reference.decode_right(*(tensors[operand] for operand in operands)).contiguous()
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ArtifactError(f"{folder / FOLDED}: entry {name} is malformed ({error})") from error
+        except LiftcError as error:
+            raise ArtifactError(f"{folder / FOLDED}: entry {name}: {error}") from error
+    return result
