@@ -14,7 +14,7 @@ from liftc.spec import LiftSpec
 
 @dataclass(frozen=True)
 class TransformNames:
-    """Tensors of one lift's transform: inverted whitening factors left (t1, t1), right (t2, t2); mapping (d, D)."""
+    """Tensors of one lift's transform: inverted factors left (t1, t1) and right (t2, t2), mapping (d, D)."""
 
     left: str
     right: str

@@ -48,6 +48,16 @@ def is_node_name(name: object) -> bool:
     )
 
 
+def is_argument_name(name: object) -> bool:
+    """True for a keyword argument's name: any ASCII identifier but a Python keyword."""
+    return (
+        isinstance(name, str)
+        and len(name) <= 100
+        and _NODE_NAME.fullmatch(name) is not None
+        and not keyword.iskeyword(name)
+    )
+
+
 def constant_text(value: object) -> str | None:
     """Text of a constant: dtype(bf16), device(cpu), layout(strided), memory_format(contiguous_format).
 
