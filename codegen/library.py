@@ -1,0 +1,67 @@
+"""The list of kernels: what each target's object contains, in the order the runtime prefers them.
+
+To add an implementation of an op beside the present one, put an entry before it whose KernelFunction limits
+say which calls it takes (tokens, multiples of rows and columns); the runtime gives it those calls and
+leaves the rest to the entries after it. One entry of every op and dtype must have no limits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from liftc.codegen.knobs import CpuKnobs, CudaKnobs
+from liftc.kernel_object import KernelFunction
+
+KERNEL_VERSION = 1
+"""Raised when any kernel changes its results, arguments or layout."""
+
+TIR_DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class KernelTemplate:
+    """A function of the object and how to make its scheduled PrimFunc."""
+
+    function: KernelFunction
+    make: Callable[[], Any]
+
+
+def cpu_templates(knobs: CpuKnobs) -> Iterator[KernelTemplate]:
+    """Kernels of the CPU object; imports TVM."""
+    from liftc.codegen import schedule_cpu
+
+    for short, dtype in TIR_DTYPES.items():
+        for tile in knobs.token_tiles:
+            symbol = f"sign_matmul_{short}_tile{tile}"
+            yield KernelTemplate(
+                KernelFunction(symbol, "sign_matmul", short, token_multiple=tile),
+                partial(schedule_cpu.sign_matmul, symbol, dtype, tile, knobs),
+            )
+        symbol = f"unpack_signs_{short}"
+        yield KernelTemplate(
+            KernelFunction(symbol, "unpack_signs", short),
+            partial(schedule_cpu.unpack_signs, symbol, dtype),
+        )
+        for suffix, max_tokens in (("_one", 1), ("", 0)):
+            symbol = f"lift_{short}{suffix}"
+            yield KernelTemplate(
+                KernelFunction(symbol, "lift", short, max_tokens=max_tokens),
+                partial(schedule_cpu.lift, symbol, dtype, not max_tokens, knobs),
+            )
+
+
+def cuda_templates(knobs: CudaKnobs) -> Iterator[KernelTemplate]:
+    """Kernels of the CUDA object; imports TVM."""
+    from liftc.codegen import schedule_cuda
+
+    for short, dtype in TIR_DTYPES.items():
+        for op, schedule in (
+            ("sign_matmul", schedule_cuda.sign_matmul),
+            ("unpack_signs", schedule_cuda.unpack_signs),
+            ("lift", schedule_cuda.lift),
+        ):
+            symbol = f"{op}_{short}"
+            yield KernelTemplate(KernelFunction(symbol, op, short), partial(schedule, symbol, dtype, knobs))

@@ -1,0 +1,242 @@
+"""Compiled kernels behind the liftc ops: allocate results, call, and turn misuse into one sentence.
+
+The common call costs one attempt: the kernels check dtypes, shapes, strides and devices themselves, and only
+when they refuse are arguments made contiguous, or the mistake named. What they cannot see (a packed matrix
+with too few rows for its scales) is checked before every call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from liftc import ir
+from liftc.errors import LiftcError
+from liftc.kernel_object import KernelFunction
+from liftc.packing import packed_rows
+from liftc.runtime.kernels import Kernels
+from liftc.spec import DTYPE_NAMES
+
+WEIGHT_FIRST_TOKENS = {"cpu": 96, "cuda": 32}
+"""Tokens of one call from which lifted_linear decodes the weight instead of lifting the activations
+(docs/kernels.md: the CPU figure is measured, the CUDA figure is an estimate)."""
+
+CHUNK_BYTES = 64 << 20
+"""Bound of the extra memory of lifted_linear in weight-first order."""
+
+_MAX_GRID = 65535  # CUDA limit of the grid axes that count tokens and rows
+_MAX_INDEX = 2**31 - 1  # kernels index with 32 bits
+_REFUSALS = (TypeError, ValueError, RuntimeError)
+
+Tensor = torch.Tensor
+
+
+def register(kernels: Kernels) -> None:
+    """Use `kernels` for liftc.lift, sign_matmul and lifted_linear on their device type."""
+    ops = Ops(kernels)
+    for name in ("lift", "sign_matmul", "lifted_linear"):
+        ir.register_kernel(name, kernels.device_type, getattr(ops, name))
+
+
+class Ops:
+    """The ops of one loaded object; arguments as in liftc/reference.py. All raise LiftcError on misuse."""
+
+    def __init__(self, kernels: Kernels) -> None:
+        self.device_type = kernels.device_type
+        self._lift = _by_dtype(kernels, "lift")
+        self._sign_matmul = _by_dtype(kernels, "sign_matmul")
+        self._unpack = {dtype: table[0][1] for dtype, table in _by_dtype(kernels, "unpack_signs").items()}
+        self._ones: dict[tuple[torch.device, int], Tensor] = {}
+        self._plan = lru_cache(maxsize=4096)(self._make_plan)
+
+    def lift(
+        self, x: Tensor, activation_scale: Tensor | None, left: Tensor, right: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """x f32/f16/bf16 (..., IC) -> z int16 (..., K), z_scale f32 (..., 1); factors are float32."""
+        t1, (t2, lifted), features = left.shape[0], right.shape, x.shape[-1]
+        lead, tokens, width = x.shape[:-1], x.numel() // max(features, 1), t1 * lifted
+        if features > t1 * t2 or x.dtype not in self._lift:
+            raise _lift_mistake(x, activation_scale, left, right)
+        if activation_scale is None:
+            activation_scale = self._ones_for(x.device, features)
+        z = torch.empty((*lead, width), dtype=torch.int16, device=x.device)
+        z_scale = torch.empty((*lead, 1), dtype=torch.float32, device=x.device)
+        if not tokens:
+            return z, z_scale
+        flat = (x, z, z_scale)
+        if x.dim() != 3 or x.shape[0] != 1:
+            flat = (x.reshape(1, tokens, features), z.view(1, tokens, width), z_scale.view(1, tokens, 1))
+        limit = min(_MAX_GRID, _MAX_INDEX // max(width, features))
+        function = next(f for spec, f in self._lift[x.dtype] if spec.accepts(tokens, 0, 0))
+        for begin in range(0, tokens, limit):
+            part = flat if tokens <= limit else tuple(t[:, begin : begin + limit] for t in flat)
+            scratch: tuple[Tensor, ...] = ()
+            if self.device_type == "cuda":
+                n = part[0].shape[1]
+                scratch = (
+                    x.new_empty((n, t1, t2), dtype=torch.float32),
+                    x.new_empty((n, width), dtype=torch.float32),
+                )
+            try:
+                function(part[0], activation_scale, left, right, *scratch, part[1], part[2])
+            except _REFUSALS:
+                arguments = _contiguous(part[0], activation_scale, left, right)
+                try:
+                    function(*arguments, *scratch, part[1], part[2])
+                except _REFUSALS as error:
+                    raise _lift_mistake(x, activation_scale, left, right, error) from None
+        return z, z_scale
+
+    def sign_matmul(
+        self, z: Tensor, z_scale: Tensor, packed: Tensor, output_scale: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        """z int16 (..., K), z_scale f32 (..., 1), packed i32 (G, K), output_scale f32 (OC,) -> (..., OC)."""
+        rows, columns = output_scale.shape[0], z.shape[-1]
+        if packed.shape[0] != (rows + 31) // 32 or dtype not in self._sign_matmul:
+            raise _sign_mistake(z, z_scale, packed, output_scale, dtype)
+        tokens = z.numel() // max(columns, 1)
+        y = torch.empty((*z.shape[:-1], rows), dtype=dtype, device=z.device)
+        for function, begin, end, tile in self._plan(dtype, tokens, rows, columns):
+            part = (z, z_scale, y)
+            if end - begin != tokens or z.dim() != 3 or z.shape[1] != tile:
+                if z_scale.numel() != tokens:
+                    raise _sign_mistake(z, z_scale, packed, output_scale, dtype)
+                part = tuple(
+                    t.reshape(tokens, size)[begin:end].view(-1, tile, size)
+                    for t, size in ((z, columns), (z_scale, 1), (y, rows))
+                )  # type: ignore[assignment]
+            try:
+                function(part[0], part[1], packed, output_scale, part[2])
+            except _REFUSALS:
+                try:
+                    function(*_contiguous(part[0], part[1], packed, output_scale), part[2])
+                except _REFUSALS as error:
+                    raise _sign_mistake(z, z_scale, packed, output_scale, dtype, error) from None
+        return y
+
+    def lifted_linear(
+        self,
+        x: Tensor,
+        activation_scale: Tensor | None,
+        left: Tensor,
+        right: Tensor,
+        packed: Tensor,
+        output_scale: Tensor,
+    ) -> Tensor:
+        """x (..., IC) -> (..., OC) of x.dtype. Few tokens are lifted; for many the signs are decoded once.
+
+        Weight-first order in float32: diag(output_scale) B T* x = ((B (I ⊗ right')) (left x)), so the right
+        factor goes to the signs, the left one to the activations; rows in chunks of at most CHUNK_BYTES.
+        """
+        features, rows = x.shape[-1], output_scale.shape[0]
+        tokens = x.numel() // max(features, 1)
+        if tokens < WEIGHT_FIRST_TOKENS[self.device_type]:
+            z, z_scale = self.lift(x, activation_scale, left, right)
+            return self.sign_matmul(z, z_scale, packed, output_scale, x.dtype)
+        if x.dtype not in self._lift or features > left.shape[0] * right.shape[0]:
+            raise _lift_mistake(x, activation_scale, left, right)
+        t1, (t2, lifted) = left.shape[0], right.shape
+        if packed.dtype != torch.int32 or packed.shape != (packed_rows(rows), t1 * lifted):
+            need = f"i32[{packed_rows(rows)},{t1 * lifted}]"
+            raise LiftcError(f"liftc.lifted_linear: packed is {_text(packed)}, {rows} outputs need {need}")
+        scaled = x.reshape(tokens, features).float()
+        if activation_scale is not None:
+            scaled = scaled * activation_scale
+        if features < t1 * t2:
+            scaled = torch.nn.functional.pad(scaled, (0, t1 * t2 - features))
+        mixed = torch.matmul(left, scaled.view(tokens, t1, t2)).view(tokens, t1 * t2)
+        y = torch.empty((tokens, rows), dtype=x.dtype, device=x.device)
+        packed = packed.contiguous()
+        unpack = self._unpack[torch.float32]
+        step = CHUNK_BYTES // (4 * (t1 * lifted + t1 * t2)) // 32 * 32
+        step = max(32, min(step, _MAX_GRID // 32 * 32))
+        for begin in range(0, rows, step):
+            end = min(begin + step, rows)
+            signs = torch.empty((end - begin, t1 * lifted), dtype=torch.float32, device=x.device)
+            unpack(packed[begin // 32 : (end + 31) // 32], signs)
+            half = torch.matmul(signs.view(-1, lifted), right.t()).view(end - begin, t1 * t2)
+            del signs
+            y[:, begin:end] = torch.matmul(mixed, half.t()) * output_scale[begin:end]
+        return y.view(*x.shape[:-1], rows)
+
+    def _make_plan(
+        self, dtype: torch.dtype, tokens: int, rows: int, columns: int
+    ) -> list[tuple[Callable[..., None], int, int, int]]:
+        """(function, first token, end, tokens per tile) that together cover the tokens."""
+        table = self._sign_matmul[dtype]
+        limit = max(1, min(_MAX_GRID, _MAX_INDEX // max(rows, columns, 1)))
+        plan: list[tuple[Callable[..., None], int, int, int]] = []
+        begin = 0
+        while begin < tokens:
+            for spec, function in table:
+                count = min(tokens - begin, limit, spec.max_tokens or limit)
+                count -= count % spec.token_multiple
+                if count and spec.accepts(count, rows, columns):
+                    plan.append((function, begin, begin + count, spec.token_multiple))
+                    begin += count
+                    break
+            else:
+                raise LiftcError(f"liftc.sign_matmul: no kernel takes {tokens} tokens of {columns} -> {rows}")
+        return plan
+
+    def _ones_for(self, device: torch.device, features: int) -> Tensor:
+        ones = self._ones.get((device, features))
+        if ones is None:
+            ones = self._ones[device, features] = torch.ones(features, device=device)
+        return ones
+
+
+def _by_dtype(
+    kernels: Kernels, op: str
+) -> dict[torch.dtype, list[tuple[KernelFunction, Callable[..., None]]]]:
+    table: dict[torch.dtype, list[tuple[KernelFunction, Callable[..., None]]]] = {}
+    for dtype, name in DTYPE_NAMES.items():
+        if entries := [(f, kernels.functions[f.symbol]) for f in kernels.of(op) if f.dtype == name]:
+            table[dtype] = entries
+    return table
+
+
+def _contiguous(*tensors: Tensor) -> Iterator[Tensor]:
+    """Dense copies: `.contiguous()` would keep odd strides of axes of length one."""
+    return (t.clone(memory_format=torch.contiguous_format) for t in tensors)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, torch.Tensor):
+        return repr(value)
+    name = DTYPE_NAMES.get(value.dtype, str(value.dtype))
+    return f"{name}[{','.join(map(str, value.shape))}] on {value.device}"
+
+
+def _lift_mistake(
+    x: Tensor, activation_scale: Tensor | None, left: Tensor, right: Tensor, error: Exception | None = None
+) -> LiftcError:
+    named = {"x": x, "activation_scale": activation_scale, "left": left, "right": right}
+    need = "x [..,IC] of f32, f16 or bf16, f32[IC], f32[t1,t1], f32[t2,C] with t1 t2 >= IC, on one device"
+    return _mistake("lift", named, need, error)
+
+
+def _sign_mistake(
+    z: Tensor,
+    z_scale: Tensor,
+    packed: Tensor,
+    output_scale: Tensor,
+    dtype: torch.dtype,
+    error: Exception | None = None,
+) -> LiftcError:
+    named = {"z": z, "z_scale": z_scale, "packed": packed, "output_scale": output_scale, "dtype": dtype}
+    need = "i16[..,K], f32[..,1], i32[ceil(OC/32),K], f32[OC] on one device, and f32, f16 or bf16"
+    return _mistake("sign_matmul", named, need, error)
+
+
+def _mistake(op: str, named: dict[str, Any], need: str, error: Exception | None) -> LiftcError:
+    given = ", ".join(f"{name} {_text(value)}" for name, value in named.items())
+    return LiftcError(f"liftc.{op}: got {given}; need {need}{_reason(error)}")
+
+
+def _reason(error: Exception | None) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] if error else []
+    return f" ({' '.join(lines[:1] + lines[-1:] if len(lines) > 1 else lines)})" if lines else ""
