@@ -98,8 +98,9 @@ def programs(draw: st.DrawFn) -> Program:
     lifts = {name: draw(formats.flatmap(_lifts)) for name in names}
     linears = {
         name: LinearSpec(
-            name, draw(TENSOR_NAME), draw(st.integers(1, 99)), draw(st.integers(1, 99)), draw(st.integers(-1, 4)),
-            draw(st.booleans()), draw(st.just("") | TENSOR_NAME), draw(st.none() | formats),
+            name, draw(TENSOR_NAME), draw(st.integers(1, 99)), draw(st.integers(1, 99)),
+            draw(st.integers(-1, 4)), draw(st.booleans()), draw(st.just("") | TENSOR_NAME),
+            draw(st.none() | formats),
         )
         for name in names
     }  # fmt: skip
@@ -111,9 +112,8 @@ def programs(draw: st.DrawFn) -> Program:
         )
     )
     number = st.integers() | st.floats().filter(lambda x: not math.isnan(x))
-    attrs = draw(
-        st.dictionaries(SEGMENT.map("a{}".format), st.text(max_size=9) | number | st.booleans(), max_size=3)
-    )
+    plain = st.text(max_size=9) | number | st.booleans()
+    attrs = draw(st.dictionaries(SEGMENT.map("a{}".format), plain, max_size=3))
     names = draw(st.lists(st.sampled_from(("prefill", "decode", "forward")), max_size=2, unique=True))
     return Program(
         draw(st.text(max_size=9)), {name: draw(graphs(sorted(tensors))) for name in names},

@@ -23,7 +23,7 @@ program "toy" {
 
   lift @model.layers.0.q : LQ-3/2 in=8 left=4 right=2
 
-  linear @model.layers.0.q weight=@model.layers.0.q.weight out=8 in=8 block=0 lift=@model.layers.0.q format=LQ-3/2
+  linear @l.q weight=@model.layers.0.q.weight out=8 in=8 block=0 lift=@model.layers.0.q format=LQ-3/2
 
   folded @folded = decode_right(@model.layers.0.q.weight, @model.layers.0.q.weight)
 
