@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -21,6 +20,7 @@ import torch
 from safetensors.torch import save_file
 
 from liftc.errors import ArtifactError
+from liftc.kernel_object import file_sha256
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -28,15 +28,6 @@ MANIFEST_KEYS = {
     "format_version", "liftc", "kind", "files", "targets", "command", "options", "versions", "source",
 }  # fmt: skip
 SHARD_BYTES = 2 * 10**9
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 of a file's bytes, hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as handle:
-        for chunk in iter(lambda: handle.read(1 << 20), b""):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def write_json(path: Path, data: object) -> None:

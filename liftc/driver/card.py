@@ -21,7 +21,7 @@ def model_card(name: str, plan: Plan, facts: Mapping[str, Any], quantized: Quant
         "| category | bytes |",
         "|---|---:|",
         *(f"| {category} | {size:,} |" for category, size in plan.bytes_by_category().items()),
-        f"| all tensors | {plan.total_bytes:,} |",
+        f"| all tensors | {plan.total:,} |",
         "",
         "| layer | format | linears | mean relative error | mean proxy loss |",
         "|---|---|---:|---:|---:|",

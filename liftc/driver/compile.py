@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from liftc import __version__, env
-from liftc.artifact import file_sha256, save_shards, staging, write_json, write_manifest
+from liftc.artifact import save_shards, staging, write_json, write_manifest
 from liftc.capture import Captured, capture
 from liftc.codegen.build import build, check_toolchain
 from liftc.driver.calibrate import (
@@ -28,13 +28,12 @@ from liftc.driver.calibrate import (
 from liftc.driver.card import model_card
 from liftc.driver.inspect import inspect_artifact
 from liftc.driver.weights import artifact_tensors
-from liftc.errors import ArtifactError, CheckpointError, QuantizeError
+from liftc.errors import ArtifactError, QuantizeError
 from liftc.format import LiftFormat
 from liftc.graphjson import graph_to_json
-from liftc.gguf import convert_gguf
 from liftc.passes.base import PassPipeline
 from liftc.passes.pipeline import after_quantize, before_quantize
-from liftc.plan import Plan
+from liftc.plan import Plan, plan_program
 from liftc.program import Program
 from liftc.quant.blocks import BlockRunner
 from liftc.quant.stream import Quantized, QuantizeOptions, StreamQuantizer
@@ -114,14 +113,13 @@ def compile_model(
         raise ArtifactError(f"{out} exists already; choose another output or allow overwriting it (--overwrite)")
     check_toolchain(options.targets, options.archs, options.cpu)
     started = time.perf_counter()
-    source = _source(model)
-    captured = capture(source, example_inputs, dtype=options.dtype)
+    captured = capture(model, example_inputs, dtype=options.dtype)
     pipeline = before_quantize(default, overrides, include=options.include, exclude=options.exclude)
     dump = options.dump_ir or env.dump_dir()
     program = PassPipeline(pipeline, dump_dir=dump).apply(captured.program)
     if not program.linears:
         raise QuantizeError("no linear layer was selected; widen --include or drop --exclude")
-    inputs = _calibrate(captured, program, source, options, example_inputs)
+    inputs = _calibrate(captured, program, options, example_inputs)
     partial = out.with_name(out.name + ".partial")
     _resume_or_clear(
         partial, _fingerprint(captured, program, inputs, quantize), announce=options.progress
@@ -130,9 +128,10 @@ def compile_model(
     quantized = StreamQuantizer(
         program, inputs.graph, captured.checkpoint, runner, quantize, partial / "quantized"
     ).run(progress=options.progress)
-    lowered = PassPipeline(after_quantize(), dump_dir=dump).apply(program)
+    after = PassPipeline(after_quantize(), dump_dir=dump, first=len(pipeline) + 1)
+    lowered = after.apply(program)
     with staging(out, partial, overwrite=options.overwrite) as stage:
-        _write(stage, captured, lowered, quantized, source, inputs, options)
+        _write(stage, captured, lowered, quantized, inputs, options)
     shutil.rmtree(partial, ignore_errors=True)
     if options.progress:
         print(f"compiled {out} in {time.perf_counter() - started:.0f} s", flush=True)
@@ -151,20 +150,18 @@ def _write(
     captured: Captured,
     lowered: Program,
     quantized: Quantized,
-    source: Path | nn.Module,
     inputs: CalibrationInputs,
     options: CompileOptions,
 ) -> None:
-    plan = Plan.from_program(lowered)
+    plan = plan_program(lowered)
     tensors = artifact_tensors(lowered, quantized, captured.checkpoint)
     save_shards(stage, tensors, {entry.name: entry.nbytes for entry in plan.entries})
     (stage / "graph").mkdir()
     for name, graph in lowered.graphs.items():
         write_json(stage / "graph" / f"{name}.json", graph_to_json(graph))
     write_json(stage / FOLDED, {name: [op, list(args)] for name, (op, args) in lowered.folded.items()})
-    (stage / "kernels").mkdir()
     for target in options.targets:
-        build(target, options.archs if target == "cuda" else (), stage / "kernels", cpu=options.cpu)
+        build(target, options.archs if target == "cuda" else (), stage, cpu=options.cpu)
     write_json(stage / "plan.json", plan.to_json())
     (stage / "program.txt").write_text(print_program(lowered), encoding="utf-8")
     facts = {
@@ -174,18 +171,17 @@ def _write(
     }  # fmt: skip
     if captured.config is not None:
         write_json(stage / "config.json", {**captured.config, "quantization_config": _quantization(plan, facts)})
-    if isinstance(source, Path):
+    if captured.folder is not None:
         for name in TOKENIZER_FILES:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, stage / name)
+            if (captured.folder / name).is_file():
+                shutil.copyfile(captured.folder / name, stage / name)
     write_json(stage / "report.json", {"linears": [asdict(row) for row in quantized.report]})
-    card = model_card(source.name if isinstance(source, Path) else type(source).__name__, plan, facts, quantized)
+    card = model_card(lowered.name, plan, facts, quantized)
     (stage / "README.md").write_text(card, encoding="utf-8")
     write_manifest(
         stage,
         {"liftc": __version__, "kind": captured.kind, "targets": list(options.targets),
-         "command": list(options.command), "options": facts, "versions": _versions(),
-         "source": source.name if isinstance(source, Path) else type(source).__name__},
+         "command": list(options.command), "options": facts, "versions": _versions(), "source": lowered.name},
     )  # fmt: skip
 
 
@@ -206,36 +202,21 @@ def _versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
-def _source(model: str | Path | nn.Module) -> Path | nn.Module:
-    """The model folder behind `model`; a GGUF file is converted once into the cache folder."""
-    if isinstance(model, nn.Module):
-        return model
-    path = Path(model)
-    if path.suffix != ".gguf":
-        return path
-    if not path.is_file():
-        raise CheckpointError(f"{path} does not exist; give a model folder or a .gguf file")
-    folder = env.cache_dir() / "gguf" / file_sha256(path)[:32]
-    if not folder.is_dir():
-        convert_gguf(path, folder)
-    return folder
-
-
 def _calibrate(
     captured: Captured,
     program: Program,
-    source: Path | nn.Module,
     options: CompileOptions,
     example_inputs: Sequence[torch.Tensor] | None,
 ) -> CalibrationInputs:
     windows, length = options.calibration_windows, options.calibration_length
     if captured.kind == "causal-lm":
-        assert isinstance(source, Path)
-        return language_model_inputs(program, source, options.calibration, windows, length, options.seed)
+        if captured.folder is None:
+            raise QuantizeError("a live language model has no tokenizer; save it and compile the folder")
+        return language_model_inputs(program, captured.folder, options.calibration, windows, length, options.seed)
     if example_inputs is not None:
         return example_module_inputs(program, example_inputs)
-    if isinstance(source, Path):
-        return encoder_inputs(program, source, options.calibration, windows, length)
+    if captured.folder is not None:
+        return encoder_inputs(program, captured.folder, options.calibration, windows, length)
     raise QuantizeError("a module needs example_inputs: they trace it and calibrate it")
 
 

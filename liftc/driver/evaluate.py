@@ -13,7 +13,7 @@ from liftc.capture import capture
 from liftc.errors import LiftcError
 from liftc.evaluate import evaluate
 from liftc.passes.base import PassPipeline
-from liftc.passes.pipeline import dense_pipeline
+from liftc.passes.canonicalize import Canonicalize
 from liftc.quant.calibration import cut_windows, read_text
 from liftc.runtime.loader import load
 from liftc.runtime.module import CausalLM
@@ -25,7 +25,7 @@ def load_dense(folder: Path, dtype: str | None = None, device: str | None = None
     captured = capture(folder, dtype=dtype)
     if captured.kind != "causal-lm":
         raise LiftcError(f"{folder} is not a causal language model; perplexity is defined for those only")
-    program = PassPipeline(dense_pipeline()).apply(captured.program)
+    program = PassPipeline([Canonicalize()]).apply(captured.program)
     place = torch.device(device or "cpu")
     tensors = {name: captured.checkpoint.tensor(name).to(place) for name in program.tensors}
     return CausalLM(program.graphs, tensors, captured.config or {}, place)

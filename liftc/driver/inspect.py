@@ -25,7 +25,7 @@ def inspect_artifact(
         for name in sorted(manifest["files"])
         if name.startswith("kernels/") and name.endswith(".json")
     ]
-    sizes = {**plan.bytes_by_category(), "total": plan.total_bytes}
+    sizes = {**plan.bytes_by_category(), "total": plan.total}
     sizes["files"] = sum(entry["bytes"] for entry in manifest["files"].values())
     quantization = manifest["options"]
     answer: dict[str, Any] = {

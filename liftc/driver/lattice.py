@@ -1,0 +1,1 @@
+"""lattice: learn, evaluate, show and report mapping matrices."""
