@@ -42,7 +42,8 @@ def export_encoder(hf: PreTrainedModel) -> ExportedProgram:
     typed = typed and getattr(hf.config, "type_vocab_size", 0) > 1
     ids = torch.ones(_EXAMPLE_BATCH, _EXAMPLE_TOKENS, dtype=torch.int64)
     mask = torch.ones_like(ids)
-    sizes = {0: Dim("b", min=1), 1: Dim("t", min=1)}
+    longest = getattr(hf.config, "max_position_embeddings", None)  # position tables are sliced up to t
+    sizes = {0: Dim("b", min=1), 1: Dim("t", min=1, max=longest)}
     wrapper, inputs = (
         (_TypedEncoder(hf), (ids, mask, torch.zeros_like(ids))) if typed else (_Encoder(hf), (ids, mask))
     )

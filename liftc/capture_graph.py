@@ -17,7 +17,7 @@ import sympy  # type: ignore[import-untyped]
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind
+from torch.export.graph_signature import InputKind, InputSpec
 from torch.fx import Graph, Node
 from torch.fx.node import map_aggregate
 
@@ -132,7 +132,11 @@ class _Lowering:
     naming: Naming
     result: LoweredGraph = field(default_factory=lambda: LoweredGraph(Graph()))
     values: dict[Node, Any] = field(default_factory=dict)
-    pending: dict[Node, tuple[str, str]] = field(default_factory=dict)
+    specs: dict[str, InputSpec] = field(default_factory=dict)
+    pending: dict[Node, InputSpec] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.specs = {spec.arg.name: spec for spec in self.exported.graph_signature.input_specs}
 
     def visit(self, node: Node) -> None:
         if node.op == "placeholder":
@@ -146,28 +150,30 @@ class _Lowering:
             raise CaptureError(f"the export holds a {node.op} node ({node.name}), which no graph may contain")
 
     def visit_input(self, node: Node) -> None:
-        specs = {spec.arg.name: spec for spec in self.exported.graph_signature.input_specs}
-        spec = specs[node.name]
+        spec = self.specs[node.name]
         if spec.kind == InputKind.USER_INPUT:
             self.emit(node, self.result.graph.placeholder(node.name))
         elif spec.kind in _TENSOR_KINDS and spec.target is not None:
-            path = self.naming.module_path(spec.target)
-            self.pending[node] = path, self.tensor_name(spec.kind, spec.target, node.meta["val"])
+            self.pending[node] = spec
         else:
             raise CaptureError(f"the model takes an input of kind {spec.kind.name}, which is not supported")
 
-    def tensor_name(self, kind: InputKind, target: str, value: torch.Tensor) -> str:
+    def read_tensor(self, node: Node, spec: InputSpec) -> None:
+        """Create the get_attr node of a tensor, at its first use."""
+        target = str(spec.target)
         path = self.naming.module_path(target)
         name = self.naming.weights.get(path, path)
         if target in self.exported.constants:
             constant = self.exported.constants[target]
             if not isinstance(constant, torch.Tensor) or isinstance(constant, FakeTensor) or constant.is_meta:
                 raise CaptureError(f"the value of the constant {path} is not known at capture time")
-            if kind == InputKind.CONSTANT_TENSOR and path.startswith("lifted_tensor_"):
+            if spec.kind == InputKind.CONSTANT_TENSOR and path.startswith("lifted_tensor_"):
                 name = f"{self.naming.constants}.{len(self.result.constants)}"
             self.result.constants[name] = constant.detach().clone()
-        self.result.tensors[name] = spec_of(name, value)
-        return name
+        self.result.tensors[name] = spec_of(name, node.meta["val"])
+        self.emit(node, self.result.graph.create_node("get_attr", name, name=re.sub(r"\W", "_", name)))
+        owner = path.rpartition(".")[0]
+        self.values[node].meta |= {"block": self.naming.block_of(owner), "source": owner}
 
     def visit_call(self, node: Node) -> None:
         target = node.target
@@ -230,10 +236,7 @@ class _Lowering:
     def lookup_one(self, value: Any) -> Any:
         if isinstance(value, Node):
             if value in self.pending and value not in self.values:
-                path, name = self.pending[value]
-                self.emit(value, self.result.graph.create_node("get_attr", name, name=_identifier(name)))
-                owner = path.rpartition(".")[0]
-                self.values[value].meta |= {"block": self.naming.block_of(owner), "source": owner}
+                self.read_tensor(value, self.pending[value])
             if value not in self.values:
                 raise CaptureError(f"the model uses {value.name}, which has no value in a graph")
             return self.values[value]
@@ -273,7 +276,3 @@ class _Lowering:
 
 def _target_name(target: object) -> str:
     return str(getattr(target, "__name__", target))
-
-
-def _identifier(name: str) -> str:
-    return re.sub(r"\W", "_", name)

@@ -125,7 +125,7 @@ def _capture(
     attention: str,
     kind: str,
 ) -> Captured:
-    implementation = SDPA if attention == "sdpa" and kind == "causal-lm" else attention
+    implementation = SDPA if attention == "sdpa" else attention
     fake_mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     model = build_model(config, dtype, implementation, kind, fake_mode)
     names = WeightNames.bind(model, checkpoint, where)

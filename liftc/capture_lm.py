@@ -48,8 +48,8 @@ def sdpa_attention(
 ) -> tuple[torch.Tensor, None]:
     """Grouped-query attention over the whole cache, always with an explicit mask.
 
-    query: (1, heads, q, head_dim); key, value: (1, kv_heads, s, head_dim); mask: bool (1, 1, q, s).
-    Returns (1, q, heads, head_dim). A single query is folded into the group dimension, so that one token
+    query: (b, heads, q, head_dim); key, value: (b, kv_heads, s, head_dim); mask: bool (b, 1, q, s).
+    Returns (b, q, heads, head_dim). A single query is folded into the group dimension, so that one token
     costs one pass over the cache and no copy of it.
     """
     needed = {"softcap", "s_aux", "sinks", "position_bias"} & {k for k, v in extra.items() if v is not None}
@@ -66,7 +66,7 @@ def sdpa_attention(
 
 
 def _repeat_heads(states: torch.Tensor, groups: int) -> torch.Tensor:
-    """(1, kv_heads, s, head_dim) -> (1, kv_heads * groups, s, head_dim), each head `groups` times."""
+    """(b, kv_heads, s, head_dim) -> (b, kv_heads * groups, s, head_dim), each head `groups` times."""
     batch, heads, length, size = states.shape
     spread = states[:, :, None].expand(batch, heads, groups, length, size)
     return spread.reshape(batch, heads * groups, length, size)

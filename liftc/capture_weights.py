@@ -81,7 +81,7 @@ def _tied_groups(model: nn.Module) -> Iterator[tuple[list[str], torch.Tensor]]:
 
 
 def _find(path: str, prefix: str, checkpoint: Checkpoint | None) -> str | None:
-    """Name of a weight on disk: as it is, without or with the base model's prefix, or with TF's old suffix."""
+    """Name of a weight on disk: as it is, without or with the base model's prefix, or in TF's old spelling."""
     if checkpoint is None:
         return None
     candidates = [path]

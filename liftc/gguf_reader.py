@@ -110,8 +110,8 @@ def read_gguf(path: str | Path) -> GgufFile:
         placed = GgufTensor(info.name, info.shape, info.kind, base + info.start, info.nbytes)
         if placed.start + placed.nbytes > len(data):
             raise CheckpointError(
-                f"{path} is truncated: {placed.name} needs {placed.start + placed.nbytes} bytes, the file has "
-                f"{len(data)}; download it again"
+                f"{path} is truncated: {placed.name} needs {placed.start + placed.nbytes} bytes "
+                f"and the file has {len(data)}; download it again"
             )
         if placed.name in tensors:
             raise CheckpointError(f"{path}: tensor {placed.name} occurs twice; download the file again")
