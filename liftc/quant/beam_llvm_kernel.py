@@ -1,4 +1,4 @@
-# mypy: disable-error-code="misc, no-untyped-def, valid-type, no-untyped-call, name-defined"
+# mypy: disable-error-code="misc, no-untyped-def, valid-type, no-untyped-call, name-defined, untyped-decorator"
 """TIR of the CPU beam search, one PrimFunc for every D, beam and batch.
 
 Scratch layout, P = beam rounded up to 16, plus 16 (a compaction may write 15 lanes past its end):

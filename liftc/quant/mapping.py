@@ -11,7 +11,6 @@ import json
 import math
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -31,6 +30,7 @@ from liftc.quant.encode import DEFAULT_BEAM, DEFAULT_LAM, decode, encode_prepare
 SHIPPED = Path(__file__).parent.parent / "data" / "mapping.safetensors"
 _MOMENTUM = 0.9
 _RIDGE = 1e-4
+_WARMUP_BEAM = 16
 
 
 @dataclass(frozen=True)
@@ -70,19 +70,31 @@ def load_mapping(fmt: LiftFormat) -> torch.Tensor:
             return read_mapping(path, fmt)
         except QuantizeError:
             path.unlink()
-    say = _reporter(f"learning a mapping matrix for {fmt}, which liftc does not ship")
-    matrix = learn_mapping(fmt, ON_THE_SPOT, progress=say)
-    write_mappings(path, {fmt: (matrix, provenance_of(fmt, matrix, ON_THE_SPOT))})
+    recipe = _on_the_spot(fmt)
+    say = reporter(f"learning a mapping matrix for {fmt}, which liftc does not ship")
+    matrix = learn_mapping(fmt, recipe, progress=say)
+    write_mappings(path, {fmt: (matrix, provenance_of(matrix, recipe))})
     return matrix
 
 
 def mapping_provenance(fmt: LiftFormat) -> dict[str, Any]:
-    """How the matrix `load_mapping` returns was made: the recipe, `mse`, `standard_error`, `samples`, `source`."""
+    """How the matrix of `load_mapping` was made: the recipe, mse, standard_error, samples, source."""
     shipped = _shipped_provenance().get(str(fmt))
     if shipped is not None:
         return {**shipped, "source": "shipped"}
     load_mapping(fmt)
     return {**read_provenance(_cache_path(fmt))[str(fmt)], "source": "learned on the spot"}
+
+
+def suggested_lam(fmt: LiftFormat) -> float:
+    """lam close to the error that will be left, 1.25 * 2^(-2 D/d): what minimum mean square error asks for."""
+    lam: float = 1.25 * 2.0 ** (-2.0 * float(fmt.bit_width))
+    return round(lam, 4)
+
+
+def lam_of(fmt: LiftFormat) -> float:
+    """The lam a format's matrix was learned with, which is the one to search it with."""
+    return float(mapping_provenance(fmt)["lam"])
 
 
 def shipped_formats() -> list[LiftFormat]:
@@ -112,12 +124,12 @@ def learn_mapping(
     ridge = _RIDGE * torch.eye(fmt.lifted_dim, dtype=torch.float64, device=device)
     total = warmup + recipe.steps
     for step in range(total):
-        beam = min(16, recipe.beam) if step < warmup else recipe.beam
+        beam = min(_WARMUP_BEAM, recipe.beam) if step < warmup else recipe.beam
         w = torch.randn(recipe.batch, fmt.subspace_dim, generator=generator, device=device)
         b = encode_prepared(w, prepare(matrix.float(), None, recipe.lam), beam).double()
         solution = torch.linalg.solve(b.T @ b / recipe.batch + ridge, b.T @ w.double() / recipe.batch).T
         if step < warmup:
-            matrix = matrix + 0.5 * (solution - matrix) if step >= warmup // 2 else solution
+            matrix = solution
         else:
             size = recipe.step * 0.5 * (1 + math.cos(math.pi * (step - warmup) / recipe.steps))
             velocity = _MOMENTUM * velocity + size * (solution - matrix)
@@ -163,29 +175,29 @@ def evaluate_mapping(
 
 
 def provenance_of(
-    fmt: LiftFormat, matrix: torch.Tensor, recipe: Recipe, samples: int = 8192
+    matrix: torch.Tensor, recipe: Recipe, samples: int = 8192, device: torch.device | str = "cpu"
 ) -> dict[str, Any]:
     """The recipe with the measured mse at its own beam (evaluation seed = recipe seed + 1)."""
-    mse, error, _ = evaluate_mapping(matrix, recipe.beam, samples, recipe.seed + 1, recipe.lam)
+    mse, error, _ = evaluate_mapping(matrix, recipe.beam, samples, recipe.seed + 1, recipe.lam, device)
     return {**asdict(recipe), "mse": mse, "standard_error": error, "samples": samples}
 
 
 def write_mappings(path: Path, matrices: dict[LiftFormat, tuple[torch.Tensor, dict[str, Any]]]) -> None:
-    """Write matrices and their provenance (one JSON object per format in the metadata) to a safetensors file."""
+    """Write a safetensors file of matrices, with their provenance as one JSON object per format."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {str(fmt): matrix.float().cpu().contiguous() for fmt, (matrix, _) in matrices.items()}
     metadata = {str(fmt): json.dumps(made, sort_keys=True) for fmt, (_, made) in matrices.items()}
-    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    os.close(handle)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        save_file(tensors, name, metadata)
-        os.replace(name, path)
+        save_file(tensors, unfinished, metadata)
+        unfinished.chmod(0o644)
+        os.replace(unfinished, path)
     finally:
-        Path(name).unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
 
 
 def read_mapping(path: Path, fmt: LiftFormat) -> torch.Tensor:
-    """M float32 (d, D) from a file `write_mappings` wrote; raises QuantizeError when it is not there or damaged."""
+    """M float32 (d, D) of a file of `write_mappings`; QuantizeError when it is missing or damaged."""
     try:
         with safe_open(path, "pt") as file:
             matrix: torch.Tensor = file.get_tensor(str(fmt))
@@ -219,19 +231,27 @@ def _random_start(fmt: LiftFormat, recipe: Recipe) -> torch.Tensor:
     d, big = fmt.subspace_dim, fmt.lifted_dim
     noise = torch.randn(d, big, generator=torch.Generator().manual_seed(recipe.seed), dtype=torch.float64)
     if recipe.band <= 0:
-        return torch.linalg.qr(noise.T)[0].T
+        orthonormal: torch.Tensor = torch.linalg.qr(noise.T)[0].T
+        return orthonormal
     distance = torch.arange(d)[:, None] - torch.arange(big)[None] * (d / big)
     windowed = noise * torch.exp(-((distance / recipe.band) ** 2))
-    return windowed / windowed.norm(dim=1, keepdim=True)
+    unit: torch.Tensor = windowed / windowed.norm(dim=1, keepdim=True)
+    return unit
+
+
+def _on_the_spot(fmt: LiftFormat) -> Recipe:
+    return replace(ON_THE_SPOT, lam=suggested_lam(fmt))
 
 
 def _cache_path(fmt: LiftFormat) -> Path:
-    recipe = replace(ON_THE_SPOT)
-    name = f"LQ-{fmt.lifted_dim}-{fmt.subspace_dim}-steps{recipe.steps}-beam{recipe.beam}.safetensors"
+    made = _on_the_spot(fmt)
+    name = f"LQ-{fmt.lifted_dim}-{fmt.subspace_dim}-{made.steps}-{made.beam}-{made.lam}.safetensors"
     return env.cache_dir() / "mapping" / name
 
 
-def _reporter(title: str) -> Callable[[int, int], None]:
+def reporter(title: str) -> Callable[[int, int], None]:
+    """A progress callback that writes a title, then a line every twenty steps, to stderr."""
+
     def report(step: int, steps: int) -> None:
         if step == 1:
             print(f"liftc: {title}", file=sys.stderr, flush=True)
