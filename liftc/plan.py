@@ -187,10 +187,21 @@ def _uses(value: Node, user: Node, blocks: bool) -> Iterable[str]:
         yield "head" if blocks and user.meta.get("block", -1) < 0 else "other"
     elif (packet is _ATEN.linear and position == 2) or (packet is _ATEN.addmm and position == 0):
         yield "bias"
-    elif packet in _NORMS or packet is _ATEN.mul:
+    elif packet in _NORMS or (packet is _ATEN.mul and any(map(_is_normalised, user.args))):
         yield "norm"
     elif packet is _ATEN.add:
         yield "bias"
+
+
+def _is_normalised(value: object) -> bool:
+    """True for x / rms(x) as models write it: a product or quotient with a root, casts looked through."""
+    while isinstance(value, Node) and getattr(value.target, "overloadpacket", None) in _CASTS:
+        value = value.args[0]
+    packet = getattr(value.target, "overloadpacket", None) if isinstance(value, Node) else None
+    if not isinstance(value, Node) or packet not in (_ATEN.mul, _ATEN.div):
+        return False
+    factors = [getattr(f.target, "overloadpacket", None) for f in value.args if isinstance(f, Node)]
+    return any(factor in (_ATEN.rsqrt, _ATEN.sqrt, _ATEN.pow, _ATEN.reciprocal) for factor in factors)
 
 
 def _entry(index: int, row: object) -> PlanEntry:

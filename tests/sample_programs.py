@@ -16,7 +16,11 @@ from liftc.text import parse_program
 _BLOCK_GRAPH = """
   graph NAME(%ids : i64[LEAD]) {
     %x = aten.embedding.default(@embed.weight, %ids) : f32[LEAD,64]
-    %scaled = aten.mul.Tensor(@layers.0.norm.weight, %x) : f32[LEAD,64]  # block 0 layers.0.norm
+    %square = aten.pow.Tensor_Scalar(%x, 2) : f32[LEAD,64]  # block 0 layers.0.norm
+    %mean = aten.mean.dim(%square, [-1], True) : f32[LEAD,1]  # block 0 layers.0.norm
+    %root = aten.rsqrt.default(%mean) : f32[LEAD,1]  # block 0 layers.0.norm
+    %unit = aten.mul.Tensor(%x, %root) : f32[LEAD,64]  # block 0 layers.0.norm
+    %scaled = aten.mul.Tensor(@layers.0.norm.weight, %unit) : f32[LEAD,64]  # block 0 layers.0.norm
     %q = aten.linear.default(%scaled, @layers.0.attn.q.weight, @q.bias) : f32[LEAD,64]  # block 0 layers.0
     %k = aten.linear.default(%scaled, @layers.0.attn.k.weight) : f32[LEAD,32]  # block 0 layers.0.attn.k
     %v = aten.linear.default(%scaled, @layers.0.attn.v.weight) : f32[LEAD,32]  # block 0 layers.0.attn.v

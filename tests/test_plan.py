@@ -66,12 +66,15 @@ def test_programs_that_are_not_lowered_have_no_bits_per_weight() -> None:
         ("%y = aten.layer_norm.default(%x, [8], @w, None)", "norm"),
         ("%y = aten.layer_norm.default(%x, [8], None, @w)", "norm"),
         ("%c = aten.to.dtype(@w, dtype(f32)) : f32[8]\n%o = aten.add.Tensor(%c, 1.0) : f32[8]\n"
-         "%y = aten.mul.Tensor(%x, %o)", "norm"),
+         "%r = aten.rsqrt.default(%x)\n%n = aten.mul.Tensor(%x, %r)\n%y = aten.mul.Tensor(%n, %o)", "norm"),
+        ("%r = aten.sqrt.default(%x)\n%n = aten.div.Tensor(%x, %r)\n%c = aten.to.dtype(%n, dtype(f32))\n"
+         "%y = aten.mul.Tensor(@w, %c)", "norm"),
         ("%y = aten.add.Tensor(%x, @w)", "bias"),
         ("%y = aten.addmm.default(@w, %x, @m)", "bias"),
         ("%y = aten.linear.default(%x, @m, @w)", "bias"),
         ("%y = aten.embedding.default(@w, %x)", "embedding"),
         ("%y = aten.sub.Tensor(%x, @w)", "other"),
+        ("%y = aten.mul.Tensor(%x, @w)", "other"),
         ("%y = aten.linear.default(%x, @w)", "other"),
     ],
 )  # fmt: skip

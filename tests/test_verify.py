@@ -67,7 +67,7 @@ CASES: dict[str, list[tuple[str, Break, str]]] = {
         ("captured", broken.default_input, "found a default value"),
         ("captured", broken.renamed_input, "expected ids, found other"),
     ],
-    "inputs come before all calls": [("captured", broken.late_input, "found 12 calls before it")],
+    "inputs come before all calls": [("captured", broken.late_input, "found 16 calls before it")],
     "a tensor that is read is declared in tensors or folded": [
         ("captured", broken.undeclared, "found 'lm_head.weight', which is in neither table"),
     ],
