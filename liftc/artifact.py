@@ -1,9 +1,9 @@
 """The artifact folder: what is in it, how it is written in one step, how it is checked before use.
 
-    config.json  tokenizer files  generation_config.json     as in a Hugging Face folder
-    model-0000N-of-0000M.safetensors + model.safetensors.index.json
-    graph/<name>.json   kernels/<target>.so + .json   plan.json   program.txt   README.md
-    manifest.json       sha256 and size of every other file; written last, so nothing half-written loads
+config.json  tokenizer files  generation_config.json     as in a Hugging Face folder
+model-0000N-of-0000M.safetensors + model.safetensors.index.json
+graph/<name>.json   kernels/<target>.so + .json   plan.json   program.txt   README.md
+manifest.json       sha256 and size of every other file; written last, so nothing half-written loads
 """
 
 from __future__ import annotations
@@ -97,7 +97,9 @@ def staging(out: Path, partial: Path, *, overwrite: bool) -> Iterator[Path]:
         os.replace(stage, out)
     except OSError as error:
         shutil.rmtree(stage, ignore_errors=True)
-        raise ArtifactError(f"cannot write {out}: {error.strerror or error}; nothing was changed there") from error
+        raise ArtifactError(
+            f"cannot write {out}: {error.strerror or error}; nothing was changed there"
+        ) from error
     except Exception as error:
         shutil.rmtree(stage, ignore_errors=True)
         if type(error).__name__ == "SafetensorError":  # disk full surfaces as this one
@@ -142,7 +144,9 @@ def read_manifest(folder: Path, *, check: bool = True) -> dict[str, Any]:
     if not folder.is_dir():
         raise ArtifactError(f"{folder} is not a folder; give the output folder of `liftc compile`")
     if not (folder / MANIFEST).is_file():
-        raise ArtifactError(f"{folder} has no {MANIFEST}: it is not a finished liftc artifact; compile it again")
+        raise ArtifactError(
+            f"{folder} has no {MANIFEST}: it is not a finished liftc artifact; compile it again"
+        )
     manifest = read_json(folder / MANIFEST)
     if manifest.get("format_version") != FORMAT_VERSION:
         raise ArtifactError(
@@ -159,7 +163,9 @@ def read_manifest(folder: Path, *, check: bool = True) -> dict[str, Any]:
         if not path.is_file():
             raise ArtifactError(f"{path} is missing; the artifact is incomplete")
         if path.stat().st_size != entry.get("bytes"):
-            raise ArtifactError(f"{path} has {path.stat().st_size} bytes, the manifest says {entry.get('bytes')}")
+            raise ArtifactError(
+                f"{path} has {path.stat().st_size} bytes, the manifest says {entry.get('bytes')}"
+            )
         if check and file_sha256(path) != entry.get("sha256"):
             raise ArtifactError(f"{path} was altered: its sha256 differs from the manifest")
     return manifest

@@ -69,23 +69,35 @@ def _convert(a: argparse.Namespace) -> Answer:
 def _lattice(a: argparse.Namespace) -> Answer:
     from liftc.driver.lattice import run_lattice
 
-    return run_lattice(a)
+    return run_lattice(
+        a.action, tuple(a.format or ()), tuple(a.beam or ()), samples=a.samples, seed=a.seed, device=a.device,
+        output=a.output, steps=getattr(a, "steps", None),
+    )  # fmt: skip
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of every subcommand."""
-    parser = argparse.ArgumentParser(prog="liftc", description="Compile language models to fractional bit-widths.")
+    parser = argparse.ArgumentParser(
+        prog="liftc", description="Compile language models to fractional bit-widths."
+    )
     parser.add_argument("--version", action="version", version=f"liftc {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     c = _command(commands, "compile", _compile, "quantize and compile a model into an artifact folder")
     c.add_argument("model", type=Path, help="Hugging Face folder (safetensors) or a .gguf file")
     c.add_argument("-o", "--output", type=Path, required=True, help="artifact folder to create")
-    c.add_argument("-b", "--bits", type=_number, help="bits per weight, 1 to 8 (default 2.4); D/32 nearest to it")
     c.add_argument(
-        "--format", action="append", metavar="[REGEX=]LQ-D/d", help="format of all, or of matching linears; repeatable"
+        "-b", "--bits", type=_number, help="bits per weight, 1 to 8 (default 2.4); D/32 nearest to it"
     )
-    c.add_argument("--target", action="append", choices=("llvm", "cuda"), help="repeatable; default llvm (this CPU)")
+    c.add_argument(
+        "--format",
+        action="append",
+        metavar="[REGEX=]LQ-D/d",
+        help="format of all, or of matching linears; repeatable",
+    )
+    c.add_argument(
+        "--target", action="append", choices=("llvm", "cuda"), help="repeatable; default llvm (this CPU)"
+    )
     c.add_argument("-arch", "--arch", action="append", metavar="sm_XX", help="CUDA architectures; repeatable")
     c.add_argument("--cpu", default="native", help="CPU level: native, x86-64-v2, x86-64-v3, x86-64-v4")
     c.add_argument("--calibration", type=Path, help="UTF-8 text file (default: the bundled web text)")
@@ -93,12 +105,18 @@ def build_parser() -> argparse.ArgumentParser:
     c.add_argument("--calibration-length", type=int, default=512, help="tokens per window (default 512)")
     c.add_argument("--beam", type=int, default=64, help="beam width of the encoder (default 64)")
     c.add_argument("--damp", type=float, default=0.01, help="damping of the input gram (default 0.01)")
-    c.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="activations (default: the model's)")
-    c.add_argument("--include", metavar="REGEX", help="also lower linears outside the decoder blocks that match")
+    c.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"), help="activations (default: the model's)"
+    )
+    c.add_argument(
+        "--include", metavar="REGEX", help="also lower linears outside the decoder blocks that match"
+    )
     c.add_argument("--exclude", metavar="REGEX", help="keep matching linears as they are")
     c.add_argument("--seed", type=int, default=0)
     c.add_argument("--dump-ir", type=Path, metavar="DIR", help="write the program after every pass")
-    c.add_argument("--overwrite", action="store_true", help="replace an existing artifact once the new one is done")
+    c.add_argument(
+        "--overwrite", action="store_true", help="replace an existing artifact once the new one is done"
+    )
 
     g = _command(commands, "generate", _generate, "continue a prompt")
     g.add_argument("artifact", type=Path)
@@ -128,8 +146,12 @@ def build_parser() -> argparse.ArgumentParser:
     i.add_argument("--no-check", action="store_true", help="skip the sha256 of the files")
 
     o = _command(commands, "opt", _opt, "run passes over a program text")
-    o.add_argument("program", type=Path, nargs="?", help="program text, as written by --dump-ir or program.txt")
-    o.add_argument("-p", "--passes", default="", metavar="PIPELINE", help="for example 'assign-formats{bits=2.4}'")
+    o.add_argument(
+        "program", type=Path, nargs="?", help="program text, as written by --dump-ir or program.txt"
+    )
+    o.add_argument(
+        "-p", "--passes", default="", metavar="PIPELINE", help="for example 'assign-formats{bits=2.4}'"
+    )
     o.add_argument("--dump-ir", type=Path, metavar="DIR")
     o.add_argument("--list", action="store_true", help="list the passes and their options")
 
@@ -160,7 +182,9 @@ def _add_lattice(commands: Any) -> None:
 
 def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], Answer], text: str) -> Any:
     parser = commands.add_parser(name, help=text, description=text)
-    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object and nothing else on stdout"
+    )
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress bars")
     parser.set_defaults(run=run)
     return parser
@@ -176,11 +200,15 @@ def _number(text: str) -> float:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 for a user's mistake, 130 when interrupted."""
     arguments = build_parser().parse_args(argv)
-    shown = {k: str(v) for k, v in vars(arguments).items() if k not in {"run", "command", "json", "quiet"} and v}
+    shown = {
+        k: str(v) for k, v in vars(arguments).items() if k not in {"run", "command", "json", "quiet"} and v
+    }
     if not arguments.quiet:
-        print(f"liftc {arguments.command}: " + " ".join(f"{k}={v}" for k, v in shown.items()), file=sys.stderr)
+        print(
+            f"liftc {arguments.command}: " + " ".join(f"{k}={v}" for k, v in shown.items()), file=sys.stderr
+        )
     try:
-        answer = arguments.run(arguments)
+        answer: Answer = arguments.run(arguments)
     except LiftcError as error:
         if env.debug_level() >= 5:
             raise

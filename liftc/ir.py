@@ -92,16 +92,17 @@ def _fake_decode_right(right_inverse: torch.Tensor, mapping_matrix: torch.Tensor
     return right_inverse.new_empty((t2, t2 // d * lifted), dtype=torch.float32)
 
 
-_LIBRARY = torch.library.Library("liftc", "DEF")
+_LIBRARY: Any = torch.library.Library("liftc", "DEF")  # type: ignore[no-untyped-call]
 for _op, _schema in SCHEMAS.items():
     _LIBRARY.define(_op + _schema)
     _LIBRARY.impl(_op, _dispatch(_op), "CompositeExplicitAutograd")
-for _op, _fake in {
+_FAKES: dict[str, Callable[..., Any]] = {
     "lift": _fake_lift,
     "sign_matmul": _fake_sign_matmul,
     "lifted_linear": _fake_lifted_linear,
     "decode_right": _fake_decode_right,
-}.items():
+}
+for _op, _fake in _FAKES.items():
     torch.library.register_fake(f"liftc::{_op}", _fake, lib=_LIBRARY)
 
 lift = torch.ops.liftc.lift.default

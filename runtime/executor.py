@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 from torch.fx import Graph, GraphModule
-from torch.fx.node import map_aggregate
+from torch.fx.node import Argument, map_aggregate
 
 from liftc.errors import ArtifactError
 from liftc.program import copy_graph, split_type
@@ -28,16 +28,18 @@ class BoundGraph:
             if node.op == "get_attr":
                 target = str(node.target)
                 if target not in tensors:
-                    raise ArtifactError(f"graph node {node.name} reads tensor {target}, which the artifact lacks")
+                    raise ArtifactError(
+                        f"graph node {node.name} reads tensor {target}, which the artifact lacks"
+                    )
                 node.target = names.setdefault(target, f"tensor_{len(names)}")
             elif node.op == "call_function":
-                node.args = map_aggregate(node.args, self._place)  # type: ignore[assignment]
-                node.kwargs = map_aggregate(node.kwargs, self._place)  # type: ignore[assignment]
+                node.args = map_aggregate(node.args, self._place)
+                node.kwargs = map_aggregate(node.kwargs, self._place)
         self.inputs = tuple(node.name for node in bound.nodes if node.op == "placeholder")
         self.types = {n.name: str(n.meta.get("type", "")) for n in bound.nodes if n.op == "placeholder"}
         self.module = GraphModule({flat: tensors[name] for name, flat in names.items()}, bound)
 
-    def _place(self, value: object) -> object:
+    def _place(self, value: Argument) -> Argument:
         return self.device if isinstance(value, torch.device) else value
 
     @torch.no_grad()

@@ -46,7 +46,9 @@ def load(path: str | Path, device: str | torch.device | None = None, *, check: b
 def _device(manifest: dict[str, Any], device: str | torch.device | None) -> torch.device:
     targets = list(manifest.get("targets") or ())
     if not targets or any(target not in DEVICE_OF_TARGET for target in targets):
-        raise ArtifactError(f"the manifest names the targets {targets}, this liftc knows {list(DEVICE_OF_TARGET)}")
+        raise ArtifactError(
+            f"the manifest names the targets {targets}, this liftc knows {list(DEVICE_OF_TARGET)}"
+        )
     place = torch.device(device) if device is not None else torch.device(DEVICE_OF_TARGET[targets[0]])
     devices = [DEVICE_OF_TARGET[target] for target in targets]
     if place.type not in devices:
@@ -56,16 +58,19 @@ def _device(manifest: dict[str, Any], device: str | torch.device | None) -> torc
         )
     if place.type == "cuda" and not torch.cuda.is_available():
         offer = "; load it with device='cpu' to use its CPU code" if "cpu" in devices else ""
-        raise TargetError(f"this artifact is compiled for CUDA and this machine has no usable NVIDIA GPU{offer}")
+        raise TargetError(
+            f"this artifact is compiled for CUDA and this machine has no usable NVIDIA GPU{offer}"
+        )
     return place
 
 
 def _kernel_object(folder: Path, manifest: dict[str, Any], place: torch.device) -> Path:
     target = next(target for target, name in DEVICE_OF_TARGET.items() if name == place.type)
     for name in manifest["files"]:
-        if name.startswith("kernels/") and name.endswith(".json"):
-            if read_json(folder / name).get("target") == target:
-                return (folder / name).with_suffix(".so")
+        path = folder / name
+        if name.startswith("kernels/") and name.endswith(".json") and read_json(path).get("target") == target:
+            kernels: Path = path.with_suffix(".so")
+            return kernels
     raise ArtifactError(f"{folder / 'kernels'} holds no object for target {target}")
 
 
@@ -74,7 +79,9 @@ def _tensors(folder: Path, place: torch.device) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
     for name in checkpoint.names():
         tensor = checkpoint.tensor(name)
-        tensors[name] = tensor.to(place, torch.float32) if name.endswith(".output_scale") else tensor.to(place)
+        tensors[name] = (
+            tensor.to(place, torch.float32) if name.endswith(".output_scale") else tensor.to(place)
+        )
     return tensors
 
 

@@ -60,7 +60,9 @@ def encoder_inputs(
     names = [n.name for n in program.graphs["forward"].find_nodes(op="placeholder")]
     unknown = [name for name in names if name not in TEXT_INPUTS]
     if unknown:
-        raise QuantizeError(f"this model takes the input {unknown[0]}, which text cannot fill; pass example_inputs")
+        raise QuantizeError(
+            f"this model takes the input {unknown[0]}, which text cannot fill; pass example_inputs"
+        )
     tokenizer = Tokenizer(folder)
     frame = tokenizer.encode("")
     inner = length - len(frame)
@@ -83,7 +85,9 @@ def example_module_inputs(program: Program, example_inputs: Sequence[torch.Tenso
     """The example inputs of a plain module as its only calibration sequence."""
     names = [n.name for n in program.graphs["forward"].find_nodes(op="placeholder")]
     if len(names) != len(example_inputs):
-        raise QuantizeError(f"the captured graph takes {len(names)} inputs, example_inputs holds {len(example_inputs)}")
+        raise QuantizeError(
+            f"the captured graph takes {len(names)} inputs, example_inputs holds {len(example_inputs)}"
+        )
     sequence = dict(zip(names, example_inputs))
     return CalibrationInputs(
         "forward", [sequence], {}, _no_scratch, digest(list(example_inputs)), "the example inputs"

@@ -18,7 +18,7 @@ from torch import nn
 from liftc import __version__, env
 from liftc.artifact import save_shards, staging, write_json, write_manifest
 from liftc.capture import Captured, capture
-from liftc.codegen.build import build, check_toolchain
+from liftc.codegen.build import check_toolchain
 from liftc.driver.calibrate import (
     CalibrationInputs,
     encoder_inputs,
@@ -27,6 +27,7 @@ from liftc.driver.calibrate import (
 )
 from liftc.driver.card import model_card
 from liftc.driver.inspect import inspect_artifact
+from liftc.driver.kernels import place_kernels
 from liftc.driver.weights import artifact_tensors
 from liftc.errors import ArtifactError, QuantizeError
 from liftc.format import LiftFormat
@@ -110,7 +111,9 @@ def compile_model(
     default, overrides = options.formats_by_pattern()
     quantize = QuantizeOptions(beam=options.beam, damp=options.damp, seed=options.seed)
     if out.exists() and not options.overwrite:
-        raise ArtifactError(f"{out} exists already; choose another output or allow overwriting it (--overwrite)")
+        raise ArtifactError(
+            f"{out} exists already; choose another output or allow overwriting it (--overwrite)"
+        )
     check_toolchain(options.targets, options.archs, options.cpu)
     started = time.perf_counter()
     captured = capture(model, example_inputs, dtype=options.dtype)
@@ -121,9 +124,7 @@ def compile_model(
         raise QuantizeError("no linear layer was selected; widen --include or drop --exclude")
     inputs = _calibrate(captured, program, options, example_inputs)
     partial = out.with_name(out.name + ".partial")
-    _resume_or_clear(
-        partial, _fingerprint(captured, program, inputs, quantize), announce=options.progress
-    )
+    _resume_or_clear(partial, _fingerprint(captured, program, inputs, quantize), announce=options.progress)
     runner = BlockRunner(program.graphs[inputs.graph], inputs.sequences, inputs.shared, inputs.scratch)
     quantized = StreamQuantizer(
         program, inputs.graph, captured.checkpoint, runner, quantize, partial / "quantized"
@@ -142,7 +143,11 @@ def compile_summary(model: Path, output: Path, options: CompileOptions) -> dict[
     """compile_model, then what `liftc inspect` says of the result."""
     started = time.perf_counter()
     path = compile_model(model, output, options)
-    return {"output": str(path), "seconds": time.perf_counter() - started, **inspect_artifact(path, check=False)}
+    return {
+        "output": str(path),
+        "seconds": time.perf_counter() - started,
+        **inspect_artifact(path, check=False),
+    }
 
 
 def _write(
@@ -161,7 +166,7 @@ def _write(
         write_json(stage / "graph" / f"{name}.json", graph_to_json(graph))
     write_json(stage / FOLDED, {name: [op, list(args)] for name, (op, args) in lowered.folded.items()})
     for target in options.targets:
-        build(target, options.archs if target == "cuda" else (), stage, cpu=options.cpu)
+        place_kernels(target, options.archs, options.cpu, stage)
     write_json(stage / "plan.json", plan.to_json())
     (stage / "program.txt").write_text(print_program(lowered), encoding="utf-8")
     facts = {
@@ -170,7 +175,9 @@ def _write(
         "beam": options.beam, "damp": options.damp, "seed": options.seed, "calibration": inputs.description,
     }  # fmt: skip
     if captured.config is not None:
-        write_json(stage / "config.json", {**captured.config, "quantization_config": _quantization(plan, facts)})
+        write_json(
+            stage / "config.json", {**captured.config, "quantization_config": _quantization(plan, facts)}
+        )
     if captured.folder is not None:
         for name in TOKENIZER_FILES:
             if (captured.folder / name).is_file():
@@ -212,7 +219,9 @@ def _calibrate(
     if captured.kind == "causal-lm":
         if captured.folder is None:
             raise QuantizeError("a live language model has no tokenizer; save it and compile the folder")
-        return language_model_inputs(program, captured.folder, options.calibration, windows, length, options.seed)
+        return language_model_inputs(
+            program, captured.folder, options.calibration, windows, length, options.seed
+        )
     if example_inputs is not None:
         return example_module_inputs(program, example_inputs)
     if captured.folder is not None:

@@ -37,7 +37,13 @@ def inspect_artifact(
     }  # fmt: skip
     if tensors:
         answer["tensors"] = [
-            {"name": e.name, "category": e.category, "dtype": e.dtype, "shape": list(e.shape), "bytes": e.nbytes}
+            {
+                "name": e.name,
+                "category": e.category,
+                "dtype": e.dtype,
+                "shape": list(e.shape),
+                "bytes": e.nbytes,
+            }
             for e in plan.entries
         ]
     text = _text(answer)
@@ -61,5 +67,7 @@ def _text(answer: dict[str, Any]) -> str:
     lines.append("bytes")
     lines += [f"  {name:16s} {size:14,d}" for name, size in answer["bytes"].items()]
     for entry in answer.get("tensors", ()):
-        lines.append(f"  {entry['category']:14s} {entry['bytes']:12,d}  {entry['name']} {entry['dtype']}{entry['shape']}")
+        lines.append(
+            f"  {entry['category']:14s} {entry['bytes']:12,d}  {entry['name']} {entry['dtype']}{entry['shape']}"
+        )
     return "\n".join(lines)

@@ -27,18 +27,18 @@ def artifact_tensors(
     where = quantized.tensors()
     parts = {name.rpartition(".")[0]: members for name, members in packed_parts(program).items()}
     shared: dict[str, torch.Tensor] = {}
-    for lift, spec in program.lifts.items():
-        names = transform_names(lift, spec)
-        white = quantized.whitenings[spec.left, spec.right]
+    for lift, shape in program.lifts.items():
+        names = transform_names(lift, shape)
+        white = quantized.whitenings[shape.left, shape.right]
         shared[names.left], shared[names.right] = white.left, white.right_inverse
-        shared[names.mapping] = load_mapping(spec.format)
+        shared[names.mapping] = load_mapping(shape.format)
 
     def stored(name: str) -> torch.Tensor:
         with safe_open(where[name], "pt") as handle:
             return handle.get_tensor(name)  # type: ignore[no-any-return]
 
     for name, spec in program.tensors.items():
-        owner, _, leaf = name.rpartition(".")
+        owner = name.rpartition(".")[0]
         if name in shared:
             value = shared[name]
         elif owner in parts and name == packed_name(owner):

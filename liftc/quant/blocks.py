@@ -79,12 +79,16 @@ class BlockRunner:
         self.segments = split_blocks(graph)
         self._scratch_factory = scratch
         placeholders = {node.name: node for node in graph.nodes if node.op == "placeholder"}
-        self._scratch = {n for name, n in placeholders.items() if name not in shared and name not in sequences[0]}
+        self._scratch = {
+            n for name, n in placeholders.items() if name not in shared and name not in sequences[0]
+        }
         self._shared: dict[Node, Any] = {placeholders[k]: v for k, v in shared.items() if k in placeholders}
         self._values: list[dict[Node, Any]] = [
             {placeholders[k]: v for k, v in sequence.items() if k in placeholders} for sequence in sequences
         ]
-        self._per_sequence = self._reachable(graph, {placeholders[k] for k in sequences[0] if k in placeholders})
+        self._per_sequence = self._reachable(
+            graph, {placeholders[k] for k in sequences[0] if k in placeholders}
+        )
         self._last_use: dict[Node, int] = {}
         for index, segment in enumerate(self.segments):
             for node in segment.nodes:

@@ -87,6 +87,7 @@ def feedback_factor(whitened_gram: torch.Tensor, damp: float) -> torch.Tensor:
         lower, info = torch.linalg.cholesky_ex(gram)
         if info.item() == 0:
             inverse = torch.cholesky_inverse(lower)
+            upper: torch.Tensor
             upper, info = torch.linalg.cholesky_ex((inverse + inverse.T) / 2, upper=True)
             if info.item() == 0 and bool(torch.isfinite(upper).all()):
                 return upper

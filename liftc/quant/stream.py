@@ -30,7 +30,7 @@ from liftc.quant.blocks import BlockRunner, Segment
 from liftc.quant.ldlq import quantize_group
 from liftc.quant.mapping import load_mapping
 from liftc.quant.whitening import Whitening, orthogonal_whitening
-from liftc.spec import LinearSpec, LiftSpec
+from liftc.spec import LiftSpec, LinearSpec
 from liftc.tensor_names import output_scale_name, packed_name
 
 aten = torch.ops.aten
@@ -206,7 +206,9 @@ class StreamQuantizer:
                     for name in names:
                         packed = handle.get_tensor(packed_name(name))
                         scale = handle.get_tensor(output_scale_name(name))
-                        dense = reference.decode_weight(packed, scale, None, white.left, right, spec.in_features)
+                        dense = reference.decode_weight(
+                            packed, scale, None, white.left, right, spec.in_features
+                        )
                         linear = self.program.linears[name]
                         self._dense[linear.weight] = dense.T.contiguous() if linear.transposed else dense
         except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:

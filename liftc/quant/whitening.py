@@ -56,7 +56,8 @@ class Whitening:
     def _mix(self, rows: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         t1, t2 = left.shape[0], right.shape[0]
         padded = functional.pad(rows, (0, t1 * t2 - rows.shape[-1]))
-        return (left @ padded.reshape(*rows.shape[:-1], t1, t2) @ right).reshape(*rows.shape[:-1], t1 * t2)
+        mixed: torch.Tensor = left @ padded.reshape(*rows.shape[:-1], t1, t2) @ right
+        return mixed.flatten(-2)
 
 
 def random_orthogonal(size: int, seed: int) -> torch.Tensor:
@@ -65,7 +66,8 @@ def random_orthogonal(size: int, seed: int) -> torch.Tensor:
         raise QuantizeError(f"whitening: an orthogonal factor needs a positive size, got {size}")
     generator = torch.Generator().manual_seed(seed * 1_000_003 + size)
     q, r = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
-    return q * torch.sign(torch.diagonal(r))
+    signs: torch.Tensor = torch.sign(torch.diagonal(r))
+    return q * signs
 
 
 def orthogonal_whitening(left: int, right: int, seed: int) -> Whitening:
