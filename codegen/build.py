@@ -38,8 +38,8 @@ def build(
 
     target "llvm": one CPU level, the only entry of `archs` or else `cpu`: "native" for the highest psABI
     level of this machine, or "x86-64-v2" to "x86-64-v4". target "cuda": `archs` such as "sm_89", "sm_90a";
-    PTX of the highest one is added for chips that are newer. Files appear under their names only when complete;
-    the same input gives the same bytes. Raises BuildError.
+    PTX of the highest one is added for newer chips. Files appear under their names only when
+    complete; the same input gives the same bytes. Raises BuildError.
     """
     if target not in TARGETS:
         raise BuildError(f"there is no target {target!r}: choose from {', '.join(TARGETS)}")

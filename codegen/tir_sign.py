@@ -7,6 +7,7 @@ OC = out_features, G = ceil(OC / 32) words per column (liftc/packing.py).
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from tvm.script import tirx as T
@@ -22,6 +23,7 @@ def sign_matmul(symbol: str, dtype: str, tile: int) -> Any:
     is not. All three fit an int32 (|z| <= 16383, K <= 131072), which they must: TVM tells LLVM that neither
     signed nor unsigned arithmetic wraps, so 2 p - sum z would be undefined for a large p.
     """
+    round_to = partial(_round_to, dtype)
 
     @T.prim_func(s_tir=True)
     def function(
@@ -68,11 +70,10 @@ def sign_matmul(symbol: str, dtype: str, tile: int) -> Any:
             with T.sblock("write"):
                 vi, vg, vt, vr = T.axis.remap("SSSS", [i, g, t, r])
                 if vg * 32 + vr < OC:
-                    y[vi, vt, vg * 32 + vr] = T.Cast(
-                        dtype,
+                    y[vi, vt, vg * 32 + vr] = round_to(
                         T.Cast("float32", count[vi, vg, vt, vr] - (total[vi, vt] - count[vi, vg, vt, vr]))
                         * z_scale[vi, vt, 0]
-                        * scale[vg * 32 + vr],
+                        * scale[vg * 32 + vr]
                     )
 
     return function
@@ -115,6 +116,16 @@ def sign_matmul_direct(symbol: str, dtype: str) -> Any:
                     )
 
     return function
+
+
+def _round_to(dtype: str, value: Any) -> Any:
+    """Round to nearest even. TVM rounds bfloat16 on CPUs by adding to the bits, which turns a NaN of all ones
+    into minus zero, so NaNs are replaced by the plain one first."""
+    if dtype != "bfloat16":
+        return T.Cast(dtype, value)
+    bits = T.reinterpret("int32", value)
+    plain = T.Select((bits & 0x7FFFFFFF) > 0x7F800000, T.int32(0x7FC00000), bits)
+    return T.Cast(dtype, T.reinterpret("float32", plain))
 
 
 def unpack_signs(symbol: str, dtype: str) -> Any:

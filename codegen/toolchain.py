@@ -16,6 +16,7 @@ from liftc.errors import BuildError
 PIP_PACKAGES = (
     "nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-nvvm", "nvidia-cuda-runtime", "nvidia-cuda-cccl",
 )  # fmt: skip
+USUAL_CUDA = Path("/usr/local/cuda")
 OLDEST_SM = 80
 """Oldest architecture the CUDA kernels are generated for (bfloat16 conversions)."""
 
@@ -49,9 +50,8 @@ def find_nvcc() -> Tool:
         return _nvcc(home / "bin" / "nvcc", "CUDA_HOME")
     if found := shutil.which("nvcc"):
         return _nvcc(Path(found), "PATH")
-    usual = Path("/usr/local/cuda/bin/nvcc")
-    if usual.is_file():
-        return _nvcc(usual, "/usr/local/cuda")
+    if (USUAL_CUDA / "bin" / "nvcc").is_file():
+        return _nvcc(USUAL_CUDA / "bin" / "nvcc", str(USUAL_CUDA))
     for folder in _pip_folders():
         if (folder / "bin" / "nvcc").is_file():
             return _nvcc(folder / "bin" / "nvcc", "pip packages")
@@ -85,8 +85,8 @@ def find_c_compiler(cplusplus: bool = False) -> Tool:
             version = _output([found, "-dumpfullversion", "-dumpversion"]).strip().splitlines()
             return Tool(Path(found), version[0] if version else "unknown", "PATH")
     raise BuildError(
-        f"building kernels needs a {'C++' if cplusplus else 'C'} compiler, PATH has none of {', '.join(names)}: "
-        f"install one, for example apt-get install {names[0]}"
+        f"building kernels needs a {'C++' if cplusplus else 'C'} compiler, PATH has none of {', '.join(names)}"
+        f": install one, for example apt-get install {names[0]}"
     )
 
 

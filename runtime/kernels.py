@@ -61,15 +61,16 @@ def load_kernels(path: Path, device: torch.device) -> Kernels:
 
     try:
         module = tvm_ffi.load_module(str(path.resolve()))
-        functions = {f.symbol: module.get_function(f.symbol) for f in kernel_object.functions}
         library = ctypes.CDLL(str(path.resolve()))
-    except (OSError, RuntimeError, AttributeError) as error:
+    except (OSError, RuntimeError) as error:
         reason = (str(error).strip().splitlines() or ["unknown reason"])[-1]
         raise ArtifactError(
             f"kernels: {path} cannot be loaded ({reason}); compile again on this system"
         ) from None
-    if absent := [symbol for symbol, function in functions.items() if function is None]:
+    absent = [f.symbol for f in kernel_object.functions if not module.implements_function(f.symbol)]
+    if absent:
         raise ArtifactError(f"kernels: {path} lacks {absent[0]}, which its descriptor names; compile again")
+    functions = {f.symbol: module.get_function(f.symbol) for f in kernel_object.functions}
     kernels = Kernels(kernel_object, device.type, functions, library)
     if device.type == "cpu":
         library.liftc_use_openmp(1)
@@ -95,8 +96,8 @@ def _check_cpu(kernel_object: KernelObject) -> None:
     missing = sorted(set(kernel_object.features) - machine_flags())
     if missing:
         raise TargetError(
-            f"kernels {kernel_object.path.name} need the CPU features {', '.join(missing)}, which this "
-            "machine lacks: compile with --target llvm on this machine, or with a lower level such as -arch=x86-64-v3"
+            f"kernels {kernel_object.path.name} need the CPU features {', '.join(missing)}, which this machine "
+            "lacks: compile with --target llvm on this machine, or for a lower level such as x86-64-v3"
         )
 
 

@@ -56,18 +56,24 @@ class Ops:
         self, x: Tensor, activation_scale: Tensor | None, left: Tensor, right: Tensor
     ) -> tuple[Tensor, Tensor]:
         """x f32/f16/bf16 (..., IC) -> z int16 (..., K), z_scale f32 (..., 1); factors are float32."""
-        t1, (t2, lifted), features = left.shape[0], right.shape, x.shape[-1]
-        lead, tokens, width = x.shape[:-1], x.numel() // max(features, 1), t1 * lifted
+        if not (left.dim() == 2 == right.dim() and x.dim()):
+            raise _lift_mistake(x, activation_scale, left, right)
+        t1, (t2, lifted), shape = left.shape[0], right.shape, list(x.shape)
+        features, width = shape[-1], t1 * lifted
+        tokens = x.numel() // features if features else 0
         if features > t1 * t2 or x.dtype not in self._lift:
             raise _lift_mistake(x, activation_scale, left, right)
         if activation_scale is None:
             activation_scale = self._ones_for(x.device, features)
-        z = torch.empty((*lead, width), dtype=torch.int16, device=x.device)
-        z_scale = torch.empty((*lead, 1), dtype=torch.float32, device=x.device)
+        device = x.device
+        shape[-1] = width
+        z = torch.empty(shape, dtype=torch.int16, device=device)
+        shape[-1] = 1
+        z_scale = torch.empty(shape, dtype=torch.float32, device=device)
         if not tokens:
             return z, z_scale
         flat = (x, z, z_scale)
-        if x.dim() != 3 or x.shape[0] != 1:
+        if len(shape) != 3 or shape[0] != 1:
             flat = (x.reshape(1, tokens, features), z.view(1, tokens, width), z_scale.view(1, tokens, 1))
         limit = min(_MAX_GRID, _MAX_INDEX // max(width, features))
         function = next(f for spec, f in self._lift[x.dtype] if spec.accepts(tokens, 0, 0))
@@ -94,14 +100,18 @@ class Ops:
         self, z: Tensor, z_scale: Tensor, packed: Tensor, output_scale: Tensor, dtype: torch.dtype
     ) -> Tensor:
         """z int16 (..., K), z_scale f32 (..., 1), packed i32 (G, K), output_scale f32 (OC,) -> (..., OC)."""
-        rows, columns = output_scale.shape[0], z.shape[-1]
+        if not (packed.dim() == 2 and output_scale.dim() == 1 and z.dim()):
+            raise _sign_mistake(z, z_scale, packed, output_scale, dtype)
+        shape, rows = list(z.shape), output_scale.shape[0]
+        columns = shape[-1]
         if packed.shape[0] != (rows + 31) // 32 or dtype not in self._sign_matmul:
             raise _sign_mistake(z, z_scale, packed, output_scale, dtype)
-        tokens = z.numel() // max(columns, 1)
-        y = torch.empty((*z.shape[:-1], rows), dtype=dtype, device=z.device)
+        tokens = z.numel() // columns if columns else 0
+        shape[-1] = rows
+        y = torch.empty(shape, dtype=dtype, device=z.device)
         for function, begin, end, tile in self._plan(dtype, tokens, rows, columns):
             part = (z, z_scale, y)
-            if end - begin != tokens or z.dim() != 3 or z.shape[1] != tile:
+            if end - begin != tokens or len(shape) != 3 or shape[1] != tile:
                 if z_scale.numel() != tokens:
                     raise _sign_mistake(z, z_scale, packed, output_scale, dtype)
                 part = tuple(
@@ -131,14 +141,16 @@ class Ops:
         Weight-first order in float32: diag(output_scale) B T* x = ((B (I ⊗ right')) (left x)), so the right
         factor goes to the signs, the left one to the activations; rows in chunks of at most CHUNK_BYTES.
         """
-        features, rows = x.shape[-1], output_scale.shape[0]
+        features = x.shape[-1] if x.dim() else 0
         tokens = x.numel() // max(features, 1)
         if tokens < WEIGHT_FIRST_TOKENS[self.device_type]:
             z, z_scale = self.lift(x, activation_scale, left, right)
             return self.sign_matmul(z, z_scale, packed, output_scale, x.dtype)
-        if x.dtype not in self._lift or features > left.shape[0] * right.shape[0]:
+        if x.dtype not in self._lift or not (left.dim() == 2 == right.dim() and output_scale.dim() == 1):
             raise _lift_mistake(x, activation_scale, left, right)
-        t1, (t2, lifted) = left.shape[0], right.shape
+        t1, (t2, lifted), rows = left.shape[0], right.shape, output_scale.shape[0]
+        if features > t1 * t2 or left.dtype != torch.float32 or right.dtype != torch.float32:
+            raise _lift_mistake(x, activation_scale, left, right)
         if packed.dtype != torch.int32 or packed.shape != (packed_rows(rows), t1 * lifted):
             need = f"i32[{packed_rows(rows)},{t1 * lifted}]"
             raise LiftcError(f"liftc.lifted_linear: packed is {_text(packed)}, {rows} outputs need {need}")

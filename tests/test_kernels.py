@@ -1,0 +1,433 @@
+"""CPU kernels against liftc/reference.py, and loading them: exactness, shapes, threads, fork, refusals."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from liftc import ir, reference
+from liftc.errors import ArtifactError, LiftcError, TargetError
+from liftc.format import LiftFormat
+from liftc.packing import pack_signs, unpack_signs
+from liftc.runtime.kernels import Kernels, load_kernels, runs_on
+from liftc.runtime.ops import WEIGHT_FIRST_TOKENS, register
+from liftc.spec import Z_MAX, transform_shape
+
+pytest.importorskip("tvm", reason="kernels are built with TVM")
+from liftc.codegen.build import build, native_cpu_level
+from liftc.kernel_object import read_kernel_object
+
+CPU = torch.device("cpu")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LEADS = ((0,), (1,), (7,), (1, 1), (1, 1, 1), (1, 7), (2, 3), (5, 1), (2, 1, 3), (1, 0))
+LIFTS = (
+    (576, LiftFormat(77, 32)), (70, LiftFormat(19, 8)), (33, LiftFormat(24, 10)), (5, LiftFormat(1, 1)),
+    (130, LiftFormat(150, 64)),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("artifact")
+    levels = {native_cpu_level(), "x86-64-v2"}
+    for level in sorted(levels):
+        build("llvm", (level,), out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def native(artifact: Path) -> Path:
+    return artifact / "kernels" / f"llvm-{native_cpu_level()}.so"
+
+
+@pytest.fixture(scope="session", params=["native", "x86-64-v2"])
+def loaded(request: pytest.FixtureRequest, artifact: Path) -> Kernels:
+    level = native_cpu_level() if request.param == "native" else request.param
+    kernels = load_kernels(artifact / "kernels" / f"llvm-{level}.so", CPU)
+    kernels.set_num_threads(2)
+    return kernels
+
+
+@pytest.fixture
+def kernels(loaded: Kernels) -> Iterator[Kernels]:
+    register(loaded)
+    yield loaded
+    for op in ("lift", "sign_matmul", "lifted_linear"):
+        ir.unregister_kernel(op, "cpu")
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def sign_operands(
+    lead: tuple[int, ...], rows: int, columns: int, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    g = generator(seed)
+    z = torch.randint(-Z_MAX, Z_MAX + 1, (*lead, columns), generator=g).to(torch.int16)
+    packed = pack_signs(torch.randn(rows, columns, generator=g))
+    return z, torch.rand(*lead, 1, generator=g), packed, torch.rand(rows, generator=g)
+
+
+def lift_operands(
+    lead: tuple[int, ...], in_features: int, fmt: LiftFormat, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    g = generator(in_features)
+    t1, t2 = transform_shape(in_features, fmt)
+    right = torch.randn(t2, t2 // fmt.subspace_dim * fmt.lifted_dim, generator=g)
+    x = torch.randn(*lead, in_features, generator=g).to(dtype)
+    return x, torch.rand(in_features, generator=g) + 0.5, torch.randn(t1, t1, generator=g), right
+
+
+def as_double(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    return [t.double() for t in tensors]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows, columns", [(576, 1386), (33, 7), (1, 1), (100, 129), (31, 513), (64, 2)])
+def test_sign_matmul_is_bit_identical_for_every_shape(
+    kernels: Kernels, rows: int, columns: int, dtype: torch.dtype
+) -> None:
+    for lead in LEADS:
+        operands = sign_operands(lead, rows, columns)
+        got = ir.sign_matmul(*operands, dtype)
+        assert torch.equal(got, reference.sign_matmul(*operands, dtype)), lead
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.integers(0, 9), st.integers(1, 140), st.integers(1, 300), st.sampled_from(DTYPES), st.integers(0, 99)
+)
+def test_sign_matmul_property(
+    kernels: Kernels, tokens: int, rows: int, columns: int, dtype: torch.dtype, seed: int
+) -> None:
+    operands = sign_operands((tokens,), rows, columns, seed)
+    assert torch.equal(ir.sign_matmul(*operands, dtype), reference.sign_matmul(*operands, dtype))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("z_value", [Z_MAX, -Z_MAX])
+def test_largest_sums_do_not_wrap(kernels: Kernels, sign: int, z_value: int) -> None:
+    columns = 131072  # 2^17, where the largest sum is 2^31 - 2^17
+    z = torch.full((1, 1, columns), z_value, dtype=torch.int16)
+    signs = torch.full((33, columns), sign)
+    signs[1, ::2] *= -1  # and one that cancels
+    got = ir.sign_matmul(z, torch.ones(1, 1, 1), pack_signs(signs), torch.ones(33), torch.float32)
+    assert got[0, 0, 0].item() == float(torch.tensor(columns * Z_MAX).float()) * sign * (
+        1 if z_value > 0 else -1
+    )
+    assert got[0, 0, 1].item() == 0.0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_special_values_pass_through(kernels: Kernels, dtype: torch.dtype) -> None:
+    z, z_scale, packed, scale = sign_operands((2, 3), 70, 40)
+    z_scale[0, 1] = torch.nan
+    z_scale[1, 2] = 1e38
+    scale[3] = 0.0
+    scale[4] = torch.inf
+    scale[5] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)  # the NaN of all ones
+    got = ir.sign_matmul(z, z_scale, packed, scale, dtype)
+    torch.testing.assert_close(
+        got, reference.sign_matmul(z, z_scale, packed, scale, dtype), rtol=0, atol=0, equal_nan=True
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("in_features, fmt", LIFTS)
+def test_lift_is_within_one_step_of_the_exact_value(
+    kernels: Kernels, in_features: int, fmt: LiftFormat, dtype: torch.dtype
+) -> None:
+    for lead in LEADS:
+        x, scale, left, right = lift_operands(lead, in_features, fmt, dtype)
+        for used in (scale, None):
+            z, z_scale = ir.lift(x, used, left, right)
+            exact = reference.lift_real(
+                *as_double(x), None if used is None else used.double(), *as_double(left, right)
+            )
+            assert z.dtype == torch.int16 and z.shape == exact.shape and z_scale.shape == (*lead, 1)
+            if z.numel():
+                assert int(z.abs().max()) == Z_MAX
+                peak = exact.abs().amax(-1, keepdim=True)
+                torch.testing.assert_close(z_scale.double(), peak / Z_MAX, rtol=2e-6, atol=0)
+                error = (z * z_scale.double() - exact).abs() / (peak / Z_MAX)
+                assert float(error.max()) < 0.6  # rounding is 0.5, the rest is float32 arithmetic
+
+
+def test_lift_of_zero_infinite_and_tiny_tokens(kernels: Kernels) -> None:
+    x, scale, left, right = lift_operands((6,), 70, LiftFormat(19, 8), torch.float32)
+    x[0] = 0.0
+    x[1, 5] = torch.nan
+    x[2, 69] = -torch.inf
+    x[3] *= 1e-42  # subnormal results
+    x[4] *= 1e36
+    z, z_scale = ir.lift(x, scale, left, right)
+    want, want_scale = reference.lift(x, scale, left, right)
+    assert not z[:3].any() and z_scale[0] == 0 and z_scale[1:3].isnan().all()
+    assert int((z[4:].int() - want[4:].int()).abs().max()) <= 1
+    torch.testing.assert_close(z_scale, want_scale, rtol=1e-5, atol=1e-44, equal_nan=True)
+
+
+def test_lift_rounds_half_to_even(kernels: Kernels) -> None:
+    # T* = identity and a peak of exactly 16383: z is x rounded, and the halves show the rule.
+    x = torch.tensor([[Z_MAX, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 0.49999997]])
+    z, z_scale = ir.lift(x, None, torch.eye(1), torch.eye(8))
+    assert z.tolist() == [[Z_MAX, 0, 2, 2, 0, -2, -2, 0]] and z_scale.item() == 1.0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [0, 1, 7, WEIGHT_FIRST_TOKENS["cpu"], WEIGHT_FIRST_TOKENS["cpu"] + 5])
+def test_lifted_linear_matches_in_both_orders(kernels: Kernels, tokens: int, dtype: torch.dtype) -> None:
+    for in_features, fmt in LIFTS:
+        x, scale, left, right = lift_operands((1, tokens), in_features, fmt, dtype)
+        rows, columns = 77, left.shape[0] * right.shape[1]
+        _, _, packed, out_scale = sign_operands((1,), rows, columns)
+        for used in (scale, None):
+            got = ir.lifted_linear(x, used, left, right, packed, out_scale)
+            exact = reference.lifted_linear(
+                x.double(),
+                None if used is None else used.double(),
+                *as_double(left, right),
+                packed,
+                out_scale.double(),
+            )
+            assert got.dtype == dtype and got.shape == (1, tokens, rows)
+            bound = 1e-4 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
+            torch.testing.assert_close(
+                got.double(), exact, rtol=bound, atol=bound * float(exact.abs().max()) if tokens else 1
+            )
+
+
+def test_lifted_linear_works_in_row_chunks(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, scale, left, right = lift_operands((1, 200), 70, LiftFormat(19, 8), torch.float32)
+    _, _, packed, out_scale = sign_operands((1,), 151, left.shape[0] * right.shape[1])
+    whole = ir.lifted_linear(x, scale, left, right, packed, out_scale)
+    monkeypatch.setattr("liftc.runtime.ops.CHUNK_BYTES", 1)  # the smallest chunk: 32 rows
+    torch.testing.assert_close(ir.lifted_linear(x, scale, left, right, packed, out_scale), whole)
+
+
+def test_long_calls_are_split(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    from liftc.runtime import ops
+
+    monkeypatch.setattr(ops, "_MAX_GRID", 3)
+    register(kernels)
+    operands = sign_operands((2, 5), 40, 50)
+    assert torch.equal(
+        ir.sign_matmul(*operands, torch.float32), reference.sign_matmul(*operands, torch.float32)
+    )
+    x, scale, left, right = lift_operands((2, 5), 70, LiftFormat(19, 8), torch.float32)
+    z, z_scale = ir.lift(x, scale, left, right)
+    parts = [ir.lift(x.view(10, 70)[i : i + 1], scale, left, right) for i in range(10)]
+    assert torch.equal(z.view(10, -1), torch.cat([p[0] for p in parts]))
+    assert torch.equal(z_scale.view(10, 1), torch.cat([p[1] for p in parts]))
+
+
+def test_strided_and_misaligned_inputs(kernels: Kernels) -> None:
+    fmt = LiftFormat(77, 32)
+    x, scale, left, right = lift_operands((1, 9), 576, fmt, torch.float32)
+    odd = torch.empty(577 * 9 + 1)[1:][: 576 * 9].view(1, 9, 576).copy_(x)  # 4 bytes off any vector width
+    whole = ir.lift(x, scale, left, right)
+    last = ir.lift(x[:, -1:], scale, left, right)
+    assert torch.equal(last[0], whole[0][:, -1:])
+    for view in (odd, x.transpose(0, 1).contiguous().transpose(0, 1), x.repeat(1, 1, 2)[..., :576]):
+        assert torch.equal(ir.lift(view, scale, left, right)[0], whole[0])
+    assert torch.equal(ir.lift(x, scale, left.t().contiguous().t(), right)[0], whole[0])
+    z, z_scale, packed, out_scale = sign_operands((1, 9), 70, 99)
+    want = reference.sign_matmul(z, z_scale, packed, out_scale, torch.float32)
+    for a, b in (
+        (z.repeat(1, 1, 2)[..., :99], packed), (z, packed.t().contiguous().t()),
+        (torch.empty(9 * 99 + 1, dtype=torch.int16)[1:].view(1, 9, 99).copy_(z), packed),
+        (z, torch.empty(packed.numel() + 1, dtype=torch.int32)[1:].view_as(packed).copy_(packed)),
+    ):  # fmt: skip
+        assert torch.equal(ir.sign_matmul(a, z_scale, b, out_scale, torch.float32), want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_unpack_signs_kernel(kernels: Kernels, dtype: torch.dtype) -> None:
+    name = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}[dtype]
+    for rows, columns in ((576, 1386), (33, 7), (1, 1), (100, 129)):
+        packed = pack_signs(torch.randn(rows, columns, generator=generator()))
+        out = torch.full((rows, columns), 3.0, dtype=dtype)
+        kernels.functions[f"unpack_signs_{name}"](packed, out)
+        assert torch.equal(out, unpack_signs(packed, rows, dtype))
+
+
+def test_misuse_is_one_sentence(kernels: Kernels) -> None:
+    x, scale, left, right = lift_operands((1, 2), 70, LiftFormat(19, 8), torch.float32)
+    z, z_scale, packed, out_scale = sign_operands((1, 2), 40, 50)
+    ir_lift, ir_sign = ir.lift, ir.sign_matmul
+    calls = [
+        lambda: ir_lift(torch.randn(1, 2, 700), None, left, right),
+        lambda: ir_lift(x, scale[:-1], left, right),
+        lambda: ir_lift(x.double(), scale, left, right),
+        lambda: ir_lift(x, scale, left.double(), right),
+        lambda: ir_lift(x, scale, left[:-1], right),
+        lambda: ir_lift(x, scale, left[0], right),
+        lambda: ir_sign(z, z_scale, packed[:1], out_scale, torch.float32),
+        lambda: ir_sign(z, z_scale, packed, out_scale[:20], torch.float32),
+        lambda: ir_sign(z, z_scale, packed[:, :-1], out_scale, torch.float32),
+        lambda: ir_sign(z, z_scale, packed.long(), out_scale, torch.float32),
+        lambda: ir_sign(z.int(), z_scale, packed, out_scale, torch.float32),
+        lambda: ir_sign(z, z_scale[:, :1], packed, out_scale, torch.float32),
+        lambda: ir_sign(z, z_scale, packed, out_scale, torch.int32),
+        lambda: ir_sign(z, z_scale, packed, out_scale.half(), torch.float32),
+        lambda: ir.lifted_linear(x.repeat(1, 150, 1), scale, left, right, packed, out_scale),
+    ]  # fmt: skip
+    for call in calls:
+        with pytest.raises(LiftcError) as caught:
+            call()
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+
+
+FRESH = """
+import os, sys
+sys.modules["tvm"] = None
+from pathlib import Path
+import torch
+from liftc import ir, reference
+from liftc.packing import pack_signs
+from liftc.runtime.kernels import load_kernels
+from liftc.runtime.ops import register
+
+kernels = load_kernels(Path(sys.argv[1]), torch.device("cpu"))
+kernels.library.liftc_use_openmp(int(sys.argv[2]))
+assert kernels.set_num_threads(2) == 2
+register(kernels)
+g = torch.Generator().manual_seed(1)
+z = torch.randint(-16383, 16384, (1, 5, 513), generator=g).to(torch.int16)
+operands = z, torch.rand(1, 5, 1, generator=g), pack_signs(torch.randn(1000, 513, generator=g)), torch.rand(1000)
+want = reference.sign_matmul(*operands, torch.float32)
+
+def check(times=50):
+    return all(torch.equal(ir.sign_matmul(*operands, torch.float32), want) for _ in range(times))
+
+assert check()
+"""
+
+
+def run_fresh(native: Path, openmp: int, more: str) -> None:
+    script = FRESH + textwrap.dedent(more)
+    result = subprocess.run(
+        [sys.executable, "-c", script, str(native), str(openmp)], capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("openmp", [0, 1])
+def test_fresh_process_without_tvm_with_python_threads_and_fork(native: Path, openmp: int) -> None:
+    run_fresh(
+        native,
+        openmp,
+        """
+        from concurrent.futures import ThreadPoolExecutor
+        with ThreadPoolExecutor(4) as pool:
+            assert all(pool.map(lambda _: check(), range(4)))
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if check(5) else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        assert check()
+        for threads in (1, 7, 300, 2):
+            kernels.set_num_threads(threads)
+            assert check(5)
+        """,
+    )
+
+
+def test_kernels_of_another_device_are_refused(native: Path, tmp_path: Path) -> None:
+    with pytest.raises(TargetError, match="built for cpu, the device is cuda"):
+        load_kernels(native, torch.device("cuda"))
+    with pytest.raises(TargetError, match="built for cpu, the device is meta: use device cpu or cuda"):
+        load_kernels(native, torch.device("meta"))
+
+
+def edited(native: Path, folder: Path, **changes: object) -> Path:
+    """A copy of the object whose descriptor has other values."""
+    path = folder / native.name
+    shutil.copyfile(native, path)
+    record = json.loads(native.with_suffix(".json").read_text()) | changes
+    path.with_suffix(".json").write_text(json.dumps({k: v for k, v in record.items() if v is not ...}))
+    return path
+
+
+def test_missing_cpu_features_are_named_before_the_code_is_opened(native: Path, tmp_path: Path) -> None:
+    path = edited(native, tmp_path, features=["sse4_2", "avx1024"])
+    with pytest.raises(TargetError, match="need the CPU features avx1024, which this machine lacks"):
+        load_kernels(path, CPU)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_cuda_object_without_a_gpu_names_the_cpu_object(native: Path, tmp_path: Path) -> None:
+    changes = {"target": "cuda", "archs": ["sm_89"], "ptx": "compute_89", "features": []}
+    path = edited(native, tmp_path, **changes)
+    with pytest.raises(
+        TargetError, match=f"torch finds none on this machine: load on device cpu.*{native.name}"
+    ):
+        load_kernels(path, torch.device("cuda"))
+    (tmp_path / "other").mkdir()
+    alone = path.rename(tmp_path / "other" / "k.so")
+    path.with_suffix(".json").rename(alone.with_suffix(".json"))
+    record = json.loads(alone.with_suffix(".json").read_text()) | {"path": "k.so"}
+    alone.with_suffix(".json").write_text(json.dumps(record))
+    with pytest.raises(TargetError, match="compile with --target llvm"):
+        load_kernels(alone, torch.device("cuda"))
+
+
+@pytest.mark.parametrize(
+    "archs, ptx, capability, runs",
+    [
+        (("sm_80",), "", (8, 9), True), (("sm_89",), "", (8, 6), False), (("sm_89",), "", (9, 0), False),
+        (("sm_90a",), "", (9, 0), True), (("sm_90a",), "", (10, 0), False), (("sm_100a",), "", (10, 3), False),
+        (("sm_80",), "compute_80", (12, 0), True), (("sm_120",), "compute_120", (9, 0), False),
+        (("sm_100",), "", (10, 3), True), (("sm_90",), "", (10, 0), False),
+    ],
+)  # fmt: skip
+def test_which_gpus_an_object_runs_on(
+    native: Path, tmp_path: Path, archs: tuple[str, ...], ptx: str, capability: tuple[int, int], runs: bool
+) -> None:
+    path = edited(native, tmp_path, target="cuda", archs=list(archs), ptx=ptx)
+    assert runs_on(read_kernel_object(path), capability) is runs
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"surprise": 1}, {"knobs": ...}, {"schema": 99}, {"target": "tpu"}, {"archs": []}, {"archs": ["sm89"]},
+        {"archs": ["x86-64-v9"]}, {"archs": "x86-64-v3"}, {"kernel_version": "1"}, {"functions": [{"symbol": "f"}]},
+        {"functions": {}}, {"path": "../else.so"}, {"sha256": "0" * 64}, {"toolchain": None}, {"ptx": 5},
+    ],
+)  # fmt: skip
+def test_bad_descriptors_are_refused(native: Path, tmp_path: Path, changes: dict[str, object]) -> None:
+    with pytest.raises(ArtifactError, match="kernels: "):
+        load_kernels(edited(native, tmp_path, **changes), CPU)
+
+
+def test_damaged_files_are_refused(native: Path, tmp_path: Path) -> None:
+    path = edited(native, tmp_path)
+    path.with_suffix(".json").write_text("{")
+    with pytest.raises(ArtifactError, match="not a kernel descriptor"):
+        load_kernels(path, CPU)
+    path.with_suffix(".json").write_text("[" * 100_000)
+    with pytest.raises(ArtifactError, match="not a kernel descriptor"):
+        load_kernels(path, CPU)
+    path.with_suffix(".json").unlink()
+    with pytest.raises(ArtifactError, match="is missing"):
+        load_kernels(path, CPU)
+    path = edited(native, tmp_path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ArtifactError, match="sha256 differs"):
+        load_kernels(path, CPU)
+    functions = json.loads(native.with_suffix(".json").read_text())["functions"]
+    functions[0]["symbol"] = "absent"
+    with pytest.raises(ArtifactError, match="lacks absent"):
+        load_kernels(edited(native, tmp_path, functions=functions), CPU)

@@ -1,0 +1,200 @@
+"""CUDA kernels against liftc/reference.py on a GPU.
+
+Uses build/kernels/cuda-*.so (with its .json) where there is one, which needs torch and tvm_ffi only; otherwise
+builds for the GPU at hand, which needs TVM and nvcc.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from liftc import ir, reference
+from liftc.errors import LiftcError
+from liftc.format import LiftFormat
+from liftc.packing import pack_signs, unpack_signs
+from liftc.runtime.kernels import Kernels, load_kernels
+from liftc.runtime.ops import WEIGHT_FIRST_TOKENS, register
+from liftc.spec import Z_MAX, transform_shape
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+DTYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+LEADS = ((0,), (1,), (7,), (1, 1, 1), (1, 7), (2, 3), (5, 1), (1, 0), (1, 130))
+SHAPES = ((576, 1386), (33, 7), (1, 1), (100, 129), (31, 513), (64, 2), (4096, 9856), (28672, 154))
+LIFTS = (
+    (576, LiftFormat(77, 32)), (70, LiftFormat(19, 8)), (33, LiftFormat(24, 10)), (5, LiftFormat(1, 1)),
+    (130, LiftFormat(150, 64)), (8192, LiftFormat(77, 32)),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
+    device = torch.device("cuda")
+    built = sorted(Path("build/kernels").glob("cuda-*.so"))
+    if not built:
+        pytest.importorskip("tvm", reason="no build/kernels/cuda-*.so, and no TVM to build one")
+        from liftc.codegen.build import build
+
+        major, minor = torch.cuda.get_device_capability(device)
+        out = tmp_path_factory.mktemp("artifact")
+        built = [build("cuda", (f"sm_{major}{minor}",), out).path]
+    return load_kernels(built[0], device)
+
+
+@pytest.fixture(autouse=True)
+def kernels(loaded: Kernels) -> Iterator[Kernels]:
+    register(loaded)
+    yield loaded
+    for op in ("lift", "sign_matmul", "lifted_linear"):
+        ir.unregister_kernel(op, "cuda")
+
+
+def sign_operands(lead: tuple[int, ...], rows: int, columns: int) -> list[torch.Tensor]:
+    g = torch.Generator().manual_seed(rows + columns)
+    z = torch.randint(-Z_MAX, Z_MAX + 1, (*lead, columns), generator=g).to(torch.int16)
+    packed = pack_signs(torch.randn(rows, columns, generator=g))
+    return [z, torch.rand(*lead, 1, generator=g), packed, torch.rand(rows, generator=g)]
+
+
+def lift_operands(lead: tuple[int, ...], in_features: int, fmt: LiftFormat) -> list[torch.Tensor]:
+    g = torch.Generator().manual_seed(in_features)
+    t1, t2 = transform_shape(in_features, fmt)
+    right = torch.randn(t2, t2 // fmt.subspace_dim * fmt.lifted_dim, generator=g)
+    x = torch.randn(*lead, in_features, generator=g)
+    return [x, torch.rand(in_features, generator=g) + 0.5, torch.randn(t1, t1, generator=g), right]
+
+
+def on_gpu(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [t.cuda() for t in tensors]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows, columns", SHAPES)
+def test_sign_matmul_is_bit_identical(rows: int, columns: int, dtype: torch.dtype) -> None:
+    for lead in LEADS:
+        operands = sign_operands(lead, rows, columns)
+        got = ir.sign_matmul(*on_gpu(operands), dtype)
+        assert torch.equal(got.cpu(), reference.sign_matmul(*operands, dtype)), lead
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_largest_sums_do_not_wrap(sign: int) -> None:
+    z = torch.full((1, 1, 131072), Z_MAX, dtype=torch.int16, device="cuda")
+    packed = pack_signs(torch.full((33, 131072), sign)).cuda()
+    ones = torch.ones(1, 1, 1, device="cuda")
+    got = ir.sign_matmul(z, ones, packed, torch.ones(33, device="cuda"), torch.float32)
+    assert (got == float(torch.tensor(131072 * Z_MAX).float()) * sign).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_special_values_pass_through(dtype: torch.dtype) -> None:
+    z, z_scale, packed, scale = sign_operands((2, 3), 70, 40)
+    z_scale[0, 1] = torch.nan
+    z_scale[1, 2] = 1e38
+    scale[3] = 0.0
+    scale[4] = torch.inf
+    got = ir.sign_matmul(*on_gpu([z, z_scale, packed, scale]), dtype).cpu()
+    want = reference.sign_matmul(z, z_scale, packed, scale, dtype)
+    torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("in_features, fmt", LIFTS)
+def test_lift_is_within_one_step_of_the_exact_value(
+    in_features: int, fmt: LiftFormat, dtype: torch.dtype
+) -> None:
+    for lead in LEADS:
+        x, scale, left, right = lift_operands(lead, in_features, fmt)
+        x = x.to(dtype)
+        for used in (scale, None):
+            z, z_scale = ir.lift(x.cuda(), None if used is None else used.cuda(), left.cuda(), right.cuda())
+            exact = reference.lift_real(
+                x.double(), None if used is None else used.double(), left.double(), right.double()
+            )
+            assert z.dtype == torch.int16 and z.shape == exact.shape and z_scale.shape == (*lead, 1)
+            if z.numel():
+                assert int(z.abs().max()) == Z_MAX
+                step = exact.abs().amax(-1, keepdim=True) / Z_MAX
+                torch.testing.assert_close(z_scale.cpu().double(), step, rtol=1e-5, atol=0)
+                error = (z.cpu() * z_scale.cpu().double() - exact).abs() / step
+                assert float(error.max()) < 0.7
+
+
+def test_lift_of_zero_and_infinite_tokens_and_halves() -> None:
+    x, scale, left, right = lift_operands((4,), 70, LiftFormat(19, 8))
+    x[0] = 0.0
+    x[1, 5] = torch.nan
+    x[2, 69] = -torch.inf
+    z, z_scale = ir.lift(*on_gpu([x, scale, left, right]))
+    assert not z[:3].any() and z_scale[0] == 0 and z_scale[1:3].isnan().all() and z[3].abs().max() == Z_MAX
+    halves = torch.tensor([[Z_MAX, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 0.49999997]], device="cuda")
+    z, z_scale = ir.lift(halves, None, torch.eye(1, device="cuda"), torch.eye(8, device="cuda"))
+    assert z.tolist() == [[Z_MAX, 0, 2, 2, 0, -2, -2, 0]] and z_scale.item() == 1.0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [0, 1, WEIGHT_FIRST_TOKENS["cuda"], WEIGHT_FIRST_TOKENS["cuda"] + 5])
+def test_lifted_linear_matches_in_both_orders(tokens: int, dtype: torch.dtype) -> None:
+    for in_features, fmt in LIFTS[:-1]:
+        x, scale, left, right = lift_operands((1, tokens), in_features, fmt)
+        x = x.to(dtype)
+        packed, out_scale = sign_operands((1,), 77, left.shape[0] * right.shape[1])[2:]
+        got = ir.lifted_linear(*on_gpu([x, scale, left, right, packed, out_scale]))
+        doubles = [t.double() for t in (x, scale, left, right)]
+        exact = reference.lifted_linear(*doubles, packed, out_scale.double())
+        bound = 2e-4 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
+        peak = float(exact.abs().max()) if tokens else 1.0
+        torch.testing.assert_close(got.cpu().double(), exact, rtol=bound, atol=bound * peak)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_unpack_signs_kernel(kernels: Kernels, dtype: torch.dtype) -> None:
+    for rows, columns in ((576, 1386), (33, 7), (1, 1), (100, 129)):
+        packed = pack_signs(torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)))
+        out = torch.full((rows, columns), 3.0, dtype=dtype, device="cuda")
+        kernels.functions[f"unpack_signs_{DTYPES[dtype]}"](packed.cuda(), out)
+        assert torch.equal(out.cpu(), unpack_signs(packed, rows, dtype))
+
+
+def test_strided_and_misaligned_inputs() -> None:
+    operands = sign_operands((1, 9), 70, 99)
+    want = reference.sign_matmul(*operands, torch.float32)
+    z, z_scale, packed, out_scale = on_gpu(operands)
+    odd_z = torch.empty(9 * 99 + 1, dtype=torch.int16, device="cuda")[1:].view(1, 9, 99).copy_(z)
+    odd_packed = torch.empty(packed.numel() + 1, dtype=torch.int32, device="cuda")[1:].view_as(packed)
+    odd_packed.copy_(packed)
+    for a, b in (
+        (z.repeat(1, 1, 2)[..., :99], packed),
+        (odd_z, odd_packed),
+        (z, packed.t().contiguous().t()),
+    ):
+        assert torch.equal(ir.sign_matmul(a, z_scale, b, out_scale, torch.float32).cpu(), want)
+
+
+def test_runs_on_the_current_stream_and_in_a_cuda_graph() -> None:
+    operands = sign_operands((1, 1), 576, 1386)
+    z, z_scale, packed, out_scale = on_gpu(operands)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # the first launch loads the module
+            ir.sign_matmul(z, z_scale, packed, out_scale, torch.float32)
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = ir.sign_matmul(z, z_scale, packed, out_scale, torch.float32)
+    z.neg_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(y.cpu(), -reference.sign_matmul(*operands, torch.float32))
+
+
+def test_cpu_and_cuda_tensors_do_not_mix() -> None:
+    z, z_scale, packed, out_scale = sign_operands((1, 1), 40, 50)
+    with pytest.raises(LiftcError, match="on one device"):
+        ir.sign_matmul(z.cuda(), z_scale.cuda(), packed, out_scale.cuda(), torch.float32)
