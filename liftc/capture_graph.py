@@ -152,7 +152,9 @@ class _Lowering:
     def visit_input(self, node: Node) -> None:
         spec = self.specs[node.name]
         if spec.kind == InputKind.USER_INPUT:
-            self.emit(node, self.result.graph.placeholder(node.name))
+            new = self.result.graph.placeholder(node.name)
+            new.target = new.name  # torch.fx renames inputs such as `input` or `max`
+            self.emit(node, new)
         elif spec.kind in _TENSOR_KINDS and spec.target is not None:
             self.pending[node] = spec
         else:
