@@ -75,11 +75,12 @@ _SEPARATOR = re.compile(r"\s*,\s*|\s+(?=[^}])|\s*(?=\})")
 def parse_pipeline(text: str) -> list[Pass]:
     """Passes written as `assign-formats{bits=2.4},lower-linears`; values with special characters are quoted.
 
+    Empty text is the empty pipeline.
     Raises PassError naming the position of what it cannot read.
     """
     passes: list[Pass] = []
     at = 0
-    while True:
+    while text.strip():
         match = _NAME.match(text, at)
         if not match:
             raise PassError(f"pipeline, character {at + 1}: expected the name of a pass")
@@ -96,6 +97,7 @@ def parse_pipeline(text: str) -> list[Pass]:
                 f"pipeline, character {at + 1}: expected ',' and another pass, found {rest[:12]!r}"
             )
         at = text.index(",", at) + 1
+    return passes
 
 
 def _options(text: str, at: int) -> tuple[list[tuple[str, str]], int]:

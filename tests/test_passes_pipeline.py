@@ -30,6 +30,7 @@ Golden = Callable[..., None]
 @pytest.mark.parametrize(
     ("text", "passes"),
     [
+        ("", []),
         ("canonicalize", ["canonicalize"]),
         (" canonicalize , plan-layout ", ["canonicalize", "plan-layout"]),
         ("assign-formats{bits=2.4},lower-linears", [AssignFormats(bits=2.4), LowerLinears()]),
@@ -51,7 +52,7 @@ def test_parse_pipeline(text: str, passes: list[str | Pass]) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "pipeline, character 1: expected the name of a pass"),
+        (",", "pipeline, character 1: expected the name of a pass"),
         ("a,,b", "there is no pass 'a'; the passes are canonicalize, select-linears"),
         ("canonicalize,", "pipeline, character 14: expected the name of a pass"),
         (
