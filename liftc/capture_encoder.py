@@ -6,8 +6,10 @@ import inspect
 
 import torch
 from torch import nn
-from torch.export import Dim, ExportedProgram, export
+from torch.export import Dim, ExportedProgram
 from transformers import PreTrainedModel
+
+from liftc.capture_export import export_quietly
 
 _EXAMPLE_BATCH, _EXAMPLE_TOKENS = 3, 7
 
@@ -32,7 +34,6 @@ class _TypedEncoder(_Encoder):
         return states
 
 
-@torch.no_grad()
 def export_encoder(hf: PreTrainedModel) -> ExportedProgram:
     """Export an encoder with dynamic batch b and length t; attention_mask is 1 for tokens, 0 for padding.
 
@@ -47,4 +48,4 @@ def export_encoder(hf: PreTrainedModel) -> ExportedProgram:
     wrapper, inputs = (
         (_TypedEncoder(hf), (ids, mask, torch.zeros_like(ids))) if typed else (_Encoder(hf), (ids, mask))
     )
-    return export(wrapper.eval(), inputs, dynamic_shapes=(sizes,) * len(inputs), strict=False)
+    return export_quietly(wrapper.eval(), inputs, (sizes,) * len(inputs))

@@ -18,11 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.export import Dim, ExportedProgram, export
+from torch.export import Dim, ExportedProgram
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 from transformers.masking_utils import sdpa_mask
 
+from liftc.capture_export import export_quietly
 from liftc.errors import CaptureError
 
 SDPA = "liftc_sdpa"
@@ -205,7 +206,6 @@ def record_cache_shapes(hf: PreTrainedModel, fake_mode: FakeTensorMode) -> dict[
     return shapes
 
 
-@torch.no_grad()
 def export_language_model(
     hf: PreTrainedModel, shapes: dict[int, CacheShape], dtype: torch.dtype
 ) -> dict[str, ExportedProgram]:
@@ -216,16 +216,14 @@ def export_language_model(
     cache_dims = [{2: s} for _ in shapes]
     layers = list(shapes)
     ids, positions = torch.zeros(1, _EXAMPLE_TOKENS, dtype=torch.int64), torch.arange(_EXAMPLE_TOKENS)
-    prefill = export(
+    prefill = export_quietly(
         _Prefill(hf, layers).eval(),
         (ids, positions, torch.arange(_EXAMPLE_LOGITS), k_cache, v_cache),
-        dynamic_shapes=({1: t}, {0: t}, {0: n}, cache_dims, cache_dims),
-        strict=False,
+        ({1: t}, {0: t}, {0: n}, cache_dims, cache_dims),
     )
-    decode = export(
+    decode = export_quietly(
         _Decode(hf, layers).eval(),
         (ids[:, :1].contiguous(), positions[:1].contiguous(), k_cache, v_cache),
-        dynamic_shapes=({}, {}, cache_dims, cache_dims),
-        strict=False,
+        ({}, {}, cache_dims, cache_dims),
     )
     return {"prefill": prefill, "decode": decode}

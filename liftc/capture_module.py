@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from torch.export import ExportedProgram, export
+from torch.export import ExportedProgram
 
+from liftc.capture_export import export_quietly
 from liftc.capture_graph import Naming, lower_exported
 from liftc.checkpoint import Checkpoint, OverlayCheckpoint, StateDictCheckpoint
 from liftc.errors import CaptureError
@@ -30,8 +30,7 @@ def capture_module(
     if not isinstance(example_inputs, (tuple, list)):
         raise CaptureError(f"{name}: example_inputs must be a tuple, got {type(example_inputs).__name__}")
     inputs = tuple(example_inputs)
-    with _evaluation_mode(module), torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _evaluation_mode(module):
         exported = _export(module, inputs, dynamic_shapes)
     blocks = find_blocks(module)
     symbols = _symbol_names(module, exported, inputs, dynamic_shapes)
@@ -69,12 +68,11 @@ def first_line(error: BaseException) -> str:
 
 def _export(module: nn.Module, inputs: tuple[Any, ...], dynamic_shapes: Any) -> ExportedProgram:
     try:
-        return export(module, inputs, dynamic_shapes=dynamic_shapes, strict=False)
+        return export_quietly(module, inputs, dynamic_shapes)
     except Exception as error:
         reason = first_line(error)
     try:
-        traced = torch.fx.symbolic_trace(module)
-        return export(traced, inputs, dynamic_shapes=dynamic_shapes, strict=False)
+        return export_quietly(torch.fx.symbolic_trace(module), inputs, dynamic_shapes)
     except Exception as error:
         raise CaptureError(
             f"{type(module).__name__} cannot be captured: torch.export says {reason!r}, "
