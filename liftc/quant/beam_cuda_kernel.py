@@ -1,4 +1,6 @@
-# mypy: disable-error-code="misc, no-untyped-def, valid-type, no-untyped-call, name-defined, untyped-decorator, used-before-def"
+# ruff: noqa: F823, F841 - T.inline functions assign the scalars of the kernel around them
+# mypy: disable-error-code="misc, no-untyped-def, valid-type, no-untyped-call, name-defined"
+# mypy: disable-error-code="untyped-decorator, used-before-def"
 """TIRx of the CUDA beam search: one group of warps per vector, prefixes in registers.
 
 Thread t of a vector's group holds prefixes t*ENTRIES ... t*ENTRIES + ENTRIES-1: cost and packed signs. The
@@ -94,11 +96,23 @@ def _beam_search(warps: int, entries: int, word_count: int, name: str) -> Any:
                 residual[e] = residual[e] - (
                     (
                         table[entry + T.Cast("int32", T.bitwise_and(x, T.uint32(15)))]
-                        + table[entry + 16 + T.Cast("int32", T.bitwise_and(T.shift_right(x, T.uint32(4)), T.uint32(15)))]
+                        + table[
+                            entry
+                            + 16
+                            + T.Cast("int32", T.bitwise_and(T.shift_right(x, T.uint32(4)), T.uint32(15)))
+                        ]
                     )
                     + (
-                        table[entry + 32 + T.Cast("int32", T.bitwise_and(T.shift_right(x, T.uint32(8)), T.uint32(15)))]
-                        + table[entry + 48 + T.Cast("int32", T.bitwise_and(T.shift_right(x, T.uint32(12)), T.uint32(15)))]
+                        table[
+                            entry
+                            + 32
+                            + T.Cast("int32", T.bitwise_and(T.shift_right(x, T.uint32(8)), T.uint32(15)))
+                        ]
+                        + table[
+                            entry
+                            + 48
+                            + T.Cast("int32", T.bitwise_and(T.shift_right(x, T.uint32(12)), T.uint32(15)))
+                        ]
                     )
                 )
 
@@ -152,7 +166,9 @@ def _beam_search(warps: int, entries: int, word_count: int, name: str) -> Any:
                 for e in T.unroll(entries):
                     plus: T.float32 = residual[e] - step
                     minus: T.float32 = residual[e] + step
-                    child[e] = T.reinterpret("int32", T.call_pure_extern("float32", "__fmaf_rn", plus, plus, cost[e]))
+                    child[e] = T.reinterpret(
+                        "int32", T.call_pure_extern("float32", "__fmaf_rn", plus, plus, cost[e])
+                    )
                     child[entries + e] = T.reinterpret(
                         "int32", T.call_pure_extern("float32", "__fmaf_rn", minus, minus, cost[e])
                     )
@@ -290,7 +306,9 @@ def _beam_search(warps: int, entries: int, word_count: int, name: str) -> Any:
                         cost[e] = cost_s[cost_base + t * entries + e]
                         for wd in T.unroll(word_count):
                             if wd >= at_word and wd < words:
-                                word[e * word_count + wd] = word_s[word_base + wd * capacity + t * entries + e]
+                                word[e * word_count + wd] = word_s[
+                                    word_base + wd * capacity + t * entries + e
+                                ]
                 sync()
 
             if t == 0:
@@ -301,6 +319,8 @@ def _beam_search(warps: int, entries: int, word_count: int, name: str) -> Any:
                     word_s[word_base + T.shift_right(position, 5) * capacity],
                     T.Cast("uint32", T.bitwise_and(position, 31)),
                 )
-                signs[row * D + position] = T.Cast("int8", T.Cast("int32", T.bitwise_and(chosen, T.uint32(1))) * 2 - 1)
+                signs[row * D + position] = T.Cast(
+                    "int8", T.Cast("int32", T.bitwise_and(chosen, T.uint32(1))) * 2 - 1
+                )
 
     return beam_search.with_attr("global_symbol", name).with_attr("tirx.noalias", True)

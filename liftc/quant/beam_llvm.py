@@ -1,8 +1,8 @@
 """CPU back end of the encoder: the beam search as a TVM kernel for the local processor (TIR -> LLVM).
 
-One vector at a time: the beam is `cost` and packed signs in contiguous rows, processed LANES prefixes at a
-time. A lookup of sixteen signs is four in-register permutes. The `beam` cheapest children are found by
-bisection on a threshold (positive floats order like their bits) and compacted in order.
+One vector at a time: the beam is costs and packed signs in contiguous rows, processed 16 prefixes at a time
+(AVX-512; 8 on other processors). A lookup of sixteen signs is four in-register permutes. The `beam` cheapest
+children are found by counting below three pivots at a time, and compacted in order.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from liftc.errors import QuantizeError
 if TYPE_CHECKING:
     from liftc.quant.encode import Prepared
 
-LANES = 16
+_STATIC_BEAMS = (16, 64, 128)
 _ROWS_PER_TASK = 128
 _lock = threading.Lock()
 
@@ -36,17 +36,17 @@ def search_llvm(targets: torch.Tensor, prepared: Prepared, beam: int) -> tuple[t
     targets = targets.contiguous()
     signs = torch.empty(rows, big, dtype=torch.int8)
     cost = torch.empty(rows)
+    bits = cost.view(torch.int32)
     if rows == 0:
         return signs, cost
     with _lock:
-        kernel = _kernel()
+        kernel = _kernel(beam if beam in _STATIC_BEAMS else 0)
     table, diagonal = prepared.table.view(-1), prepared.diagonal
-    stride = -(-beam // LANES) * LANES + LANES
-    words = -(-big // 32)
+    stride = -(-beam // 16) * 16 + 16
+    scratch_size = (2 * (-(-big // 32) + 1) + 2) * stride
 
     def run(starts: list[int]) -> None:
-        floats = torch.empty(4 * stride)
-        ints = torch.empty(2 * words * stride, dtype=torch.int32)
+        scratch = torch.empty(scratch_size, dtype=torch.int32)
         while starts:
             try:
                 first = starts.pop()
@@ -54,7 +54,7 @@ def search_llvm(targets: torch.Tensor, prepared: Prepared, beam: int) -> tuple[t
                 return
             part = slice(first, min(first + _ROWS_PER_TASK, rows))
             kernel(
-                targets[part].view(-1), table, diagonal, signs[part].view(-1), cost[part], floats, ints,
+                targets[part].view(-1), table, diagonal, signs[part].view(-1), bits[part], scratch,
                 big, beam, part.stop - first,
             )  # fmt: skip
 
@@ -69,12 +69,12 @@ def search_llvm(targets: torch.Tensor, prepared: Prepared, beam: int) -> tuple[t
     return signs, cost
 
 
-@lru_cache(maxsize=1)
-def _kernel() -> Callable[..., None]:
+@lru_cache(maxsize=16)
+def _kernel(beam: int) -> Callable[..., None]:
     try:
         from liftc.quant import beam_llvm_kernel
     except ImportError as error:
         raise QuantizeError(
             "encode: compiling the encoder for the CPU needs TVM; install it with pip install 'liftc[quantize]'"
         ) from error
-    return beam_llvm_kernel.build()
+    return beam_llvm_kernel.build(beam)
