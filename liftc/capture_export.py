@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,9 +18,22 @@ def export_quietly(module: nn.Module, inputs: tuple[Any, ...], dynamic_shapes: A
 
     no_grad matters: otherwise every no_grad region of the model becomes a sub-graph of its own.
     """
-    with torch.no_grad(), warnings.catch_warnings(), _without_debug_extras():
-        warnings.simplefilter("ignore")
+    with torch.no_grad(), quiet_torch(), _without_debug_extras():
         return export(module, inputs, dynamic_shapes=dynamic_shapes, strict=False)
+
+
+@contextmanager
+def quiet_torch() -> Iterator[None]:
+    """No warnings and no log lines of failed fake ops: what goes wrong comes back as one exception."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextmanager

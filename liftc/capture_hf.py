@@ -7,7 +7,6 @@ such as rotary frequencies, is exact and becomes part of the captured checkpoint
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -24,6 +23,7 @@ from transformers.models.auto.modeling_auto import (
 
 from liftc.capture import Captured
 from liftc.capture_encoder import export_encoder
+from liftc.capture_export import quiet_torch
 from liftc.capture_graph import LoweredGraph, Naming, lower_exported
 from liftc.capture_lm import SDPA, AttentionUnsupported, export_language_model, record_cache_shapes
 from liftc.capture_module import find_blocks, first_line
@@ -96,14 +96,14 @@ def capture_hf(
     Without a checkpoint the graphs are the same and the result holds only the computed buffers.
     """
     kind, name = model_kind(config, where), architecture_name(config)
+    _refuse_what_no_graph_holds(config, where, name)
     if attention not in (None, *ATTENTIONS):
         raise CaptureError(f"unknown attention {attention!r}: choose {' or '.join(ATTENTIONS)}")
     torch_dtype = _resolve_dtype(config, checkpoint, dtype)
     attempts = [attention] if attention else list(ATTENTIONS)
     for attempt in attempts:
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+            with quiet_torch():
                 return _capture(
                     copy.deepcopy(config), checkpoint, settings, where, torch_dtype, attempt, kind
                 )
@@ -159,6 +159,24 @@ def _capture(
     return Captured(program, full, dict(settings), "causal-lm" if kind == "causal-lm" else "module")
 
 
+def _refuse_what_no_graph_holds(config: PreTrainedConfig, where: str, name: str) -> None:
+    """One clear sentence for models whose computation depends on the data in ways a graph cannot express."""
+    experts = [
+        getattr(config, key, 0) or 0 for key in ("num_local_experts", "num_experts", "n_routed_experts")
+    ]
+    if max(experts) > 1:
+        raise CaptureError(
+            f"{where}: {name} routes tokens to {max(experts)} experts, which liftc cannot capture"
+        )
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = {rope.get("rope_type"), *(v.get("rope_type") for v in rope.values() if isinstance(v, dict))}
+    if changing := kinds & {"dynamic", "longrope"}:
+        raise CaptureError(
+            f"{where}: {name} uses {changing.pop()} rotary embeddings, which change with the length of the text "
+            "and fit no fixed graph"
+        )
+
+
 def _resolve_dtype(config: PreTrainedConfig, checkpoint: Checkpoint | None, dtype: str | None) -> torch.dtype:
     """The dtype asked for, else what the config states, else that of the weights, else float32."""
     if dtype is not None:
@@ -203,9 +221,10 @@ def build_model(
     try:
         with _parameters_on_meta():
             model: PreTrainedModel = maker.from_config(config, dtype=dtype, attn_implementation=attention)
-    except ValueError as error:
-        if "sdpa" in attention and "scaled_dot_product_attention" in str(error):
-            raise AttentionUnsupported(first_line(error)) from error
+    except (ValueError, KeyError) as error:
+        unknown = isinstance(error, KeyError) and error.args == (attention,)
+        if attention == SDPA and (unknown or "scaled_dot_product_attention" in str(error)):
+            raise AttentionUnsupported("the model has its own attention classes") from error
         raise
     fakes: dict[nn.Parameter, nn.Parameter] = {}
     with fake_mode:

@@ -61,9 +61,9 @@ def find_blocks(module: nn.Module) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """First line of an exception's message, for one-sentence errors."""
+    """First line of an exception's message, for one-sentence errors; torch's advice on logging is cut off."""
     lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
+    return lines[0].partition(" For more information")[0].rstrip(".! ") if lines else type(error).__name__
 
 
 def _export(module: nn.Module, inputs: tuple[Any, ...], dynamic_shapes: Any) -> ExportedProgram:

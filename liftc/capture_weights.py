@@ -12,8 +12,6 @@ from liftc.checkpoint import CastCheckpoint, Checkpoint
 from liftc.errors import CheckpointError
 from liftc.spec import TensorSpec
 
-_LEGACY = ((".weight", ".gamma"), (".bias", ".beta"))
-
 
 @dataclass(frozen=True)
 class WeightNames:
@@ -34,12 +32,12 @@ class WeightNames:
         Raises CheckpointError when a tensor's shape is not the one that the config implies, or when the
         config states more blocks than the checkpoint can hold.
         """
-        prefix = str(getattr(model, "base_model_prefix", ""))
+        published = _published_names(model, checkpoint)
         stored: dict[str, str] = {}
         aliases: dict[str, str] = {}
         untied = False
         for paths, tensor in _tied_groups(model):
-            found = [name for path in paths if (name := _find(path, prefix, checkpoint)) is not None]
+            found = [published[path] for path in paths if path in published]
             name = found[0] if found else paths[0]
             untied = untied or any(not _equal(checkpoint, name, other) for other in found[1:])
             if found and checkpoint is not None:
@@ -80,16 +78,26 @@ def _tied_groups(model: nn.Module) -> Iterator[tuple[list[str], torch.Tensor]]:
         yield paths, tensor
 
 
-def _find(path: str, prefix: str, checkpoint: Checkpoint | None) -> str | None:
-    """Name of a weight on disk: as it is, without or with the base model's prefix, or in TF's old spelling."""
+def _published_names(model: nn.Module, checkpoint: Checkpoint | None) -> dict[str, str]:
+    """Path in the module tree -> checkpoint name, for names that transformers spells differently on disk.
+
+    Tensors that transformers would also reshape or merge are left out: they cannot be read as they are.
+    """
     if checkpoint is None:
-        return None
-    candidates = [path]
-    if prefix:
-        candidates += [path.removeprefix(prefix + "."), f"{prefix}.{path}"]
-    for new, old in _LEGACY:
-        candidates += [c.removesuffix(new) + old for c in candidates if c.endswith("LayerNorm" + new)]
-    return next((candidate for candidate in candidates if candidate in checkpoint), None)
+        return {}
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [rule for rule in mapping if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in mapping if isinstance(rule, WeightConverter)]
+    paths = dict(model.named_parameters(remove_duplicate=False))
+    published: dict[str, str] = {}
+    for name in checkpoint.names():
+        path, merged = rename_source_key(name, renamings, converters, model.base_model_prefix, paths)
+        if merged is None:
+            published.setdefault(path, name)
+    return published
 
 
 def _equal(checkpoint: Checkpoint | None, name: str, other: str) -> bool:

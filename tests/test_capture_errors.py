@@ -95,6 +95,19 @@ def test_architecture_that_cannot_be_exported() -> None:
         capture_config(config)
 
 
+def test_computations_that_depend_on_the_text() -> None:
+    from tiny_models import FAMILIES
+
+    config = FAMILIES["llama"]().to_dict()
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    with pytest.raises(
+        CaptureError, match="dynamic rotary embeddings, which change with the length of the text"
+    ):
+        capture_config({**config, "rope_parameters": rope})
+    with pytest.raises(CaptureError, match="MixtralForCausalLM routes tokens to 8 experts"):
+        capture_config({"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]})
+
+
 def test_unknown_options(folder: Path) -> None:
     assert "unknown dtype 'int8'" in refusal(CaptureError, folder, dtype="int8")
     assert "unknown attention 'flash'" in refusal(CaptureError, folder, attention="flash")
@@ -119,6 +132,37 @@ def test_tie_that_the_checkpoint_contradicts(tiny_folder: Any, tmp_path: Path, l
     runner = language_runner(captured.program, captured.checkpoint, 8)
     with torch.no_grad():
         torch.testing.assert_close(runner.prefill(ids), tiny_model("llama")(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_published_spellings_of_names() -> None:
+    """GPT-NeoX stores its head as embed_out, old BERT files say gamma and beta."""
+    from tiny_models import ENCODERS
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from transformers import GPTNeoXConfig
+
+    from liftc.capture_hf import build_model
+    from liftc.capture_weights import WeightNames
+    from liftc.checkpoint import StateDictCheckpoint
+
+    neox = GPTNeoXConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=9
+    )
+    for config, kind, changes in [
+        (neox, "causal-lm", {"lm_head.weight": "embed_out.weight"}),
+        (
+            ENCODERS["bert"](),
+            "encoder",
+            {
+                "embeddings.LayerNorm.weight": "bert.embeddings.LayerNorm.gamma",
+                "encoder.layer.1.output.LayerNorm.bias": "bert.encoder.layer.1.output.LayerNorm.beta",
+            },
+        ),
+    ]:
+        model = build_model(config, torch.float32, "eager", kind, FakeTensorMode(allow_non_fake_inputs=True))
+        prefix = "bert." if kind == "encoder" else ""
+        names = {path: changes.get(path, prefix + path) for path, _ in model.named_parameters()}
+        disk = {names[path]: torch.zeros(weight.shape) for path, weight in model.named_parameters()}
+        assert WeightNames.bind(model, StateDictCheckpoint(disk), "test").stored == names
 
 
 def test_gpt2_without_the_usual_prefix(tmp_path: Path, language_runner: Any) -> None:
