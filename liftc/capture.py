@@ -123,6 +123,8 @@ def _capture_live(
     from liftc.capture_hf import capture_hf, parse_config
 
     assert config is not None
+    if getattr(model, "base_model", model) is not model and not hasattr(model, "generate"):
+        raise CaptureError(f"{type(model).__name__} has a head of its own and needs example_inputs")
     settings = config.to_dict() | {"architectures": [type(model).__name__]}
     return capture_hf(
         parse_config(settings, type(model).__name__),

@@ -133,6 +133,7 @@ class _Lowering:
     result: LoweredGraph = field(default_factory=lambda: LoweredGraph(Graph()))
     values: dict[Node, Any] = field(default_factory=dict)
     specs: dict[str, InputSpec] = field(default_factory=dict)
+    sizes: dict[sympy.Expr, tuple[Node, int]] = field(default_factory=dict)
     pending: dict[Node, InputSpec] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -155,6 +156,9 @@ class _Lowering:
             new = self.result.graph.placeholder(node.name)
             new.target = new.name  # torch.fx renames inputs such as `input` or `max`
             self.emit(node, new)
+            for dim, size in enumerate(getattr(node.meta.get("val"), "shape", ())):
+                if isinstance(size, torch.SymInt):
+                    self.sizes.setdefault(size.node.expr, (new, dim))
         elif spec.kind in _TENSOR_KINDS and spec.target is not None:
             self.pending[node] = spec
         else:
@@ -187,6 +191,8 @@ class _Lowering:
             self.values[node] = self.lookup(node.args[0])
         elif target in _CONVERSIONS:
             self.visit_conversion(node)
+        elif target is _aten.sym_size.int:
+            self.visit_size(node)
         elif target is operator.getitem and isinstance(picked := self.lookup(node.args[0]), (tuple, list)):
             self.values[node] = picked[node.args[1]]  # type: ignore[index]
         else:
@@ -195,6 +201,12 @@ class _Lowering:
             except ValueError as error:
                 raise CaptureError(f"the model cannot become a program: {error}") from error
             self.create(node, target, self.lookup(node.args), self.lookup(node.kwargs))
+
+    def visit_size(self, node: Node) -> None:
+        """Read a size from the first input that has it, so that no block depends on another block's cache."""
+        size = node.meta["val"]
+        first = self.sizes.get(size.node.expr) if isinstance(size, torch.SymInt) else None
+        self.create(node, node.target, first or self.lookup(node.args), {})
 
     def visit_conversion(self, node: Node) -> None:
         """`x.to(...)` keeps its dtype change and loses its device."""

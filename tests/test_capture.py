@@ -89,6 +89,8 @@ def test_graph_form(captured: Any) -> None:
     assert linears[6].meta["type"] == f"f32[1,t,{HIDDEN}]"
     assert linears[-1].meta["type"] == f"f32[1,n,{VOCAB}]"
     assert program.graphs["decode"].output_node().args[0].meta["type"] == f"f32[1,1,{VOCAB}]"
+    sizes = [n for n in graph.nodes if n.target is torch.ops.aten.sym_size.int]
+    assert {(n.args[0].name, n.args[1]) for n in sizes} == {("input_ids", 1), ("k_cache_0", 2)}
     queries = [linears[i].args[0] for i in (0, 1, 2)]
     assert queries[0] is queries[1] is queries[2]
 

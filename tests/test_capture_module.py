@@ -142,6 +142,11 @@ def test_control_flow_on_data_is_refused_with_both_reasons() -> None:
 def test_rejects_modules_without_example_inputs() -> None:
     with pytest.raises(CaptureError, match="Linear needs example_inputs"):
         capture(nn.Linear(2, 2))
+    from transformers import BertForSequenceClassification
+
+    head = BertForSequenceClassification(tiny_model("bert").config)
+    with pytest.raises(CaptureError, match="BertForSequenceClassification has a head of its own"):
+        capture(head)
     with pytest.raises(CaptureError, match="must be a tuple, got Tensor"):
         capture(nn.Linear(2, 2), torch.randn(1, 2))  # type: ignore[arg-type]
     with pytest.raises(CaptureError, match="apply to model folders"):

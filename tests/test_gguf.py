@@ -52,7 +52,7 @@ def gguf_name(name: str) -> str:
     return f"{NAMES[stem]}.{suffix}"
 
 
-def write_gguf(path: Path, family: str, kind: gguf.GGMLQuantizationType, **extra: Any) -> torch.nn.Module:
+def write_gguf(path: Path, family: str, kind: gguf.GGMLQuantizationType, **extra: Any) -> Any:
     """Write a tiny model of a family as GGUF; returns the Hugging Face model with the stored weights."""
     config = FAMILIES[family]()
     config.update({"vocab_size": len(TOKENS), "hidden_size": 64, "intermediate_size": 96, "head_dim": 16})
