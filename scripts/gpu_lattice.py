@@ -1,7 +1,9 @@
-"""Learn the shipped mapping matrices on a GPU: check the encoder, train many formats at once, measure them.
+r"""Learn the shipped mapping matrices on a GPU: check the encoder, train many formats at once, measure them.
 
+    python scripts/gpu_lattice.py --build sm_90                     # on any machine with TVM and nvcc
     python scripts/gpu_lattice.py --out OUT --check --formats d32 --seconds 420
-    python scripts/gpu_lattice.py --out OUT --formats LQ-128/64,LQ-154/64 --beam 256 --steps 1000 --keep-better
+    python scripts/gpu_lattice.py --out OUT --merge liftc/data/mapping.safetensors --formats LQ-154/64 \
+        --recipe beam=64 --recipe beam=64,finish_beam=256,steps=1000
 
 Writes OUT/mapping.safetensors (with --merge FILE, the better of FILE's matrix and the new one per format) and
 OUT/figures.json after every format, so that a run that is cut short loses nothing that was finished.
@@ -11,16 +13,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import queue
+import statistics
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from liftc.format import LiftFormat
-from liftc.quant import lattice, mapping
+from liftc.quant import beam_cuda, lattice, mapping
 from liftc.quant.encode import prepare, project, search, search_reference
 
 PAPER = (
@@ -35,21 +40,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path("build/lattice"))
+    parser.add_argument(
+        "--build", metavar="ARCH", help="only build the kernels for ARCH (sm_90); no GPU needed"
+    )
     parser.add_argument(
         "--check", action="store_true", help="compare the GPU encoder with the reference first"
     )
     parser.add_argument("--formats", default="", help="d32, paper, wide, or names separated by commas")
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--warmup", type=int, default=60)
     parser.add_argument("--batch", type=int, default=16384)
-    parser.add_argument("--beam", type=int, default=64)
-    parser.add_argument("--band", type=float, default=8.0)
-    parser.add_argument("--step", type=float, default=0.1)
-    parser.add_argument("--lam", type=float, help="default: 1.25 * 2^(-2 bits)")
-    parser.add_argument("--seeds", type=int, default=1, help="starts per format; the best at --judge is kept")
-    parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--judge", type=int, default=256, help="beam at which starts and files are compared")
+    parser.add_argument(
+        "--recipe", action="append", metavar="KEY=VALUE,...",
+        help="fields of mapping.Recipe, or lam_scale; repeatable: the best recipe of each format is kept",
+    )  # fmt: skip
     parser.add_argument("--samples", type=int, default=100_000)
     parser.add_argument("--merge", type=Path, help="mapping file to start from")
     parser.add_argument(
@@ -59,6 +63,10 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=6)
     parser.add_argument("--seconds", type=float, default=480.0, help="start no format after this time")
     a = parser.parse_args()
+    if a.build:
+        for words in beam_cuda.WORDS:
+            print(beam_cuda.build_library(words, a.build))
+        return
     a.out.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     if a.check:
@@ -107,67 +115,88 @@ def check(device: str) -> None:
 
 
 def learn_one(
-    a: argparse.Namespace, fmt: LiftFormat, start: torch.Tensor | None
+    a: argparse.Namespace, fmt: LiftFormat, text: str, start: torch.Tensor | None
 ) -> tuple[torch.Tensor, dict[str, Any]]:
-    """The best of the starts of one format and its provenance with figures for BEAMS."""
-    candidates = []
-    lam = a.lam if a.lam is not None else mapping.suggested_lam(fmt)
-    for seed in range(a.first_seed, a.first_seed + a.seeds):
-        recipe = mapping.Recipe(
-            seed, a.warmup, a.steps, a.batch, a.beam, lam, min(a.band, fmt.subspace_dim / 4), a.step
-        )
-        began = time.monotonic()
-        matrix = mapping.learn_mapping(fmt, recipe, a.device, start)
-        seconds = time.monotonic() - began
-        mse = mapping.evaluate_mapping(matrix, a.judge, 20_000, 7, lam, a.device)[0]
-        candidates.append((mse, seconds, matrix, recipe))
-    _, seconds, matrix, recipe = min(candidates, key=lambda candidate: candidate[0])
-    made = mapping.provenance_of(matrix, recipe, a.samples, a.device)
-    made["device"], made["seconds"] = lattice.device_name(a.device), round(seconds, 1)
-    made["starts"] = [round(candidate[0], 6) for candidate in candidates]
-    made["continued"] = start is not None
+    """The matrix one recipe gives for a format, and its provenance with figures for BEAMS."""
+    recipe = recipe_of(a, fmt, text)
+    began = time.monotonic()
+    matrix = mapping.learn_mapping(fmt, recipe, a.device, start)
+    seconds = round(time.monotonic() - began, 1)
+    mse, error, _ = mapping.evaluate_mapping(
+        matrix, recipe.beam, a.samples, recipe.seed + 1, recipe.lam, a.device
+    )
+    return matrix, {
+        **asdict(recipe), "mse": mse, "standard_error": error, "samples": a.samples, "seconds": seconds,
+        "device": lattice.device_name(a.device), "continued": start is not None,
+        "figures": measure(a, matrix, asdict(recipe)),
+    }  # fmt: skip
+
+
+def recipe_of(a: argparse.Namespace, fmt: LiftFormat, text: str) -> mapping.Recipe:
+    """The recipe of the options, changed by "key=value,key=value"; lam_scale multiplies the suggested lam."""
+    base = mapping.Recipe(batch=a.batch, steps=a.steps, lam=mapping.suggested_lam(fmt), band=8.0)
+    changes: dict[str, Any] = {}
+    for part in filter(None, text.split(",")):
+        key, _, value = part.partition("=")
+        if key == "lam_scale":
+            changes["lam"] = base.lam * float(value)
+        else:
+            changes[key] = type(getattr(base, key))(value)
+    recipe = replace(base, **changes)
+    return replace(recipe, band=min(recipe.band, fmt.subspace_dim / 4))
+
+
+def measure(a: argparse.Namespace, matrix: torch.Tensor, made: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """mse and standard error for BEAMS, on the same vectors for every matrix of a format."""
     figures = {}
     for beam in BEAMS:
-        mse, error, speed = mapping.evaluate_mapping(
-            matrix, beam, a.samples, lattice.EVALUATION_SEED, lam, a.device
+        mse, error, _ = mapping.evaluate_mapping(
+            matrix, beam, a.samples, lattice.EVALUATION_SEED, made["lam"], a.device
         )
-        figures[str(beam)] = {"mse": mse, "standard_error": error, "seconds_per_million_weights": speed}
-    return matrix, {**made, "figures": figures}
+        figures[str(beam)] = {"mse": mse, "standard_error": error}
+    return figures
+
+
+def score(figures: dict[str, dict[str, float]]) -> float:
+    """What matrices of a format are compared by: the mean error over beams 64, 256 and 1024."""
+    return statistics.mean(figures[str(beam)]["mse"] for beam in BEAMS[1:])
 
 
 def work(a: argparse.Namespace, todo: Any, done: Any, deadline: float) -> None:
-    """One worker process: formats from `todo` to results in `done`, None at the end."""
+    """One worker process: (format, recipe) pairs from `todo` to results in `done`, None at the end."""
     torch.set_num_threads(2)
     known = lattice.read_all(a.merge) if a.merge else {}
     longest = 0.0
     while time.monotonic() + longest < deadline:
         try:
-            fmt = todo.get_nowait()
+            fmt, text = todo.get_nowait()
         except queue.Empty:
             break
         began = time.monotonic()
         start = known[fmt][0] if a.resume and fmt in known else None
-        matrix, made = learn_one(a, fmt, start)
+        matrix, made = learn_one(a, fmt, text, start)
         longest = max(longest, time.monotonic() - began)
-        done.put((str(fmt), matrix.numpy(), made))
+        done.put((fmt, text, matrix.numpy(), made))
     done.put(None)
 
 
 def train(a: argparse.Namespace, formats: list[LiftFormat], deadline: float) -> None:
-    """Spread the formats over worker processes and write both files after each result."""
+    """Spread formats and recipes over worker processes; write both files after each result."""
     context = multiprocessing.get_context("spawn")
     todo, done = context.Queue(), context.Queue()
-    for fmt in formats:
-        todo.put(fmt)
+    tasks = [(fmt, text) for text in a.recipe or [""] for fmt in formats]
+    for task in tasks:
+        todo.put(task)
     time.sleep(0.5)  # let the queue's feeder thread publish before workers ask without waiting
     workers = [
         context.Process(target=work, args=(a, todo, done, deadline), daemon=True)
-        for _ in range(min(a.workers, len(formats)))
+        for _ in range(min(a.workers, len(tasks)))
     ]
     for process in workers:
         process.start()
     known = lattice.read_all(a.merge) if a.merge else {}
-    figures: dict[str, Any] = {}
+    best = {fmt: score(measure(a, *known[fmt])) for fmt in formats if fmt in known}
+    trials: list[dict[str, Any]] = []
     running = len(workers)
     while running:
         try:
@@ -178,32 +207,19 @@ def train(a: argparse.Namespace, formats: list[LiftFormat], deadline: float) -> 
         if result is None:
             running -= 1
             continue
-        name, array, made = result
-        fmt, matrix = LiftFormat.parse(name), torch.from_numpy(array)
-        old = known.get(fmt)
-        better = True
-        if old is not None:
-            before = mapping.evaluate_mapping(
-                old[0], a.judge, a.samples, lattice.EVALUATION_SEED, old[1]["lam"], a.device
-            )
-            made["before"] = before[0]
-            now = mapping.evaluate_mapping(
-                matrix, a.judge, a.samples, lattice.EVALUATION_SEED, made["lam"], a.device
-            )
-            better = now[0] < before[0]
-        figures[name] = {**made, "kept": better}
-        if better:
-            known[fmt] = (matrix, {key: value for key, value in made.items() if key != "figures"})
+        fmt, text, array, made = result
+        kept = score(made["figures"]) < best.get(fmt, math.inf)
+        trials.append({"format": str(fmt), "recipe_text": text, "kept": kept, **made})
+        if kept:
+            best[fmt] = score(made["figures"])
+            known[fmt] = torch.from_numpy(array), made
         mapping.write_mappings(a.out / "mapping.safetensors", known)
-        (a.out / "figures.json").write_text(json.dumps(figures, indent=1))
+        (a.out / "figures.json").write_text(json.dumps(trials, indent=1))
         line = "  ".join(f"{beam}: {row['mse']:.5f}" for beam, row in made["figures"].items())
-        speed = made["figures"]["64"]["seconds_per_million_weights"]
-        print(
-            f"{name:10s} {line}  ({made['seconds']} s, beam 64 {speed:.4f} s/M) {'' if better else 'not kept'}",
-            flush=True,
-        )
+        mark = "*" if kept else " "
+        print(f"{fmt!s:10s} {line} {mark} {made['seconds']:6.1f} s  {text}", flush=True)
     failed = [process.exitcode for process in workers if process.exitcode not in (0, None)]
-    print(f"{len(figures)} of {len(formats)} formats, worker failures: {failed}", flush=True)
+    print(f"{len(trials)} of {len(tasks)} trials, worker failures: {failed}", flush=True)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,8 @@ class Recipe:
     """How a matrix is learned: `warmup` steps at beam 16, then `steps` at `beam`, each on `batch` vectors.
 
     band: width of the Gaussian window, in weights, that concentrates the random start around the diagonal
-    (0: an orthonormal start without a window). step: first step of the cosine.
+    (0: an orthonormal start without a window). step: first step of the cosine. finish_beam: beam of the last
+    third of the steps (0: the same beam).
     """
 
     seed: int = 0
@@ -49,6 +50,7 @@ class Recipe:
     lam: float = DEFAULT_LAM
     band: float = 0.0
     step: float = 0.1
+    finish_beam: int = 0
 
 
 ON_THE_SPOT = Recipe(steps=100, batch=2048, beam=32)
@@ -124,7 +126,8 @@ def learn_mapping(
     ridge = _RIDGE * torch.eye(fmt.lifted_dim, dtype=torch.float64, device=device)
     total = warmup + recipe.steps
     for step in range(total):
-        beam = min(_WARMUP_BEAM, recipe.beam) if step < warmup else recipe.beam
+        beam = recipe.beam if 3 * (step - warmup) < 2 * recipe.steps else recipe.finish_beam or recipe.beam
+        beam = min(_WARMUP_BEAM, beam) if step < warmup else beam
         w = torch.randn(recipe.batch, fmt.subspace_dim, generator=generator, device=device)
         b = encode_prepared(w, prepare(matrix.float(), None, recipe.lam), beam).double()
         solution = torch.linalg.solve(b.T @ b / recipe.batch + ridge, b.T @ w.double() / recipe.batch).T
