@@ -6,23 +6,24 @@ from typing import Any
 
 from tvm import s_tir
 
-from liftc.codegen import tir_lift, tir_sign
+from liftc.codegen import tir_lift, tir_sign, tir_sign_pairs
 from liftc.codegen.knobs import CpuKnobs
 
 
 def sign_matmul(symbol: str, dtype: str, tile: int, knobs: CpuKnobs) -> Any:
-    """One thread takes whole word rows; lanes are the rows of a word, so a word is the mask of masked adds.
+    """One thread takes whole word rows for all tokens (one parallel loop, words stay in the first cache).
 
-    With AVX-512 a word is loaded as two 16-bit masks and every token of the tile costs one broadcast and two
-    masked additions per word: about 2 cycles per word and token at tile 1.
+    Lanes are the rows of a word, so a word is the mask of masked additions: with AVX-512 it is loaded as two
+    16-bit masks, and each token of the tile costs one broadcast and two masked additions per word. Without
+    mask registers the column-pair template is the better one.
     """
+    if knobs.pair_lanes:
+        passes = min(tile, 32 // knobs.pair_lanes)
+        return tir_sign_pairs.sign_matmul_pairs(symbol, dtype, tile, knobs.pair_lanes, passes)
     sch = s_tir.Schedule(tir_sign.sign_matmul(symbol, dtype, tile))
-    write = sch.get_sblock("write")
-    i, g, _, _ = sch.get_loops(write)
+    g, i, _, _ = sch.get_loops(sch.get_sblock("write"))
     count = sch.get_sblock("count")
-    sch.compute_at(count, g)
-    sch.compute_at(sch.get_sblock("widen"), i)
-    sch.compute_at(sch.get_sblock("sum"), i)
+    sch.compute_at(count, i)
     sch.parallel(g)
     loops = sch.get_loops(count)[2:]  # [t,] r, k; a tile of one token has no loop
     rows, k = loops[-2:]
@@ -60,4 +61,9 @@ def lift(symbol: str, dtype: str, threaded: bool, knobs: CpuKnobs) -> Any:
         sch.unroll(row)
         sch.vectorize(sch.get_loops(sch.get_sblock(name + "_store"))[-1])
         sch.decompose_reduction(block, k)
+    peaks = sch.get_sblock("peak_lanes")
+    lane, *others = sch.get_loops(peaks)[-4:]
+    sch.reorder(*others, lane)
+    sch.vectorize(lane)
+    sch.decompose_reduction(peaks, others[0])
     return sch.mod[sch.mod.get_global_vars()[0]]

@@ -23,8 +23,8 @@ def lift_cpu(symbol: str, dtype: str, rows: int, lanes: int) -> Any:
 
     x `dtype` (1, n, IC), activation_scale f32 (IC,), left f32 (t1, t1), right f32 (t2, C)
     -> z int16 (1, n, K), z_scale f32 (1, n, 1). All operands of the inner products are copied into tiles
-    padded to whole registers, so no inner loop has a remainder. Blocks: right; token, with pad, mix,
-    project, peak, factor, scale and round inside.
+    padded to whole registers, so no inner loop of them has a remainder. Blocks: right; token, with pad,
+    mix, project, peak, factor, scale and round inside.
     """
 
     @T.prim_func(s_tir=True)
@@ -50,11 +50,13 @@ def lift_cpu(symbol: str, dtype: str, rows: int, lanes: int) -> Any:
         L = T.meta_var((C + lanes - 1) // lanes)
         right_pad = T.sblock_alloc_buffer((t2, L, lanes), "float32")
         for j, c0, c1 in T.grid(t2, L, lanes):
-            with T.sblock("right"):
+            with T.sblock("right_zero"):
                 vj, v0, v1 = T.axis.remap("SSS", [j, c0, c1])
-                right_pad[vj, v0, v1] = T.if_then_else(
-                    v0 * lanes + v1 < C, right[vj, v0 * lanes + v1], T.float32(0)
-                )
+                right_pad[vj, v0, v1] = T.float32(0)
+        for j, c in T.grid(t2, C):
+            with T.sblock("right"):
+                vj, vc = T.axis.remap("SS", [j, c])
+                right_pad[vj, vc // lanes, vc % lanes] = right[vj, vc]
         for t in range(n):
             with T.sblock("token"):
                 vt = T.axis.spatial(n, t)
@@ -63,16 +65,24 @@ def lift_cpu(symbol: str, dtype: str, rows: int, lanes: int) -> Any:
                 x_pad = T.sblock_alloc_buffer((t1, J, lanes), "float32")
                 mixed = T.sblock_alloc_buffer((I, rows, J, lanes), "float32")
                 real = T.sblock_alloc_buffer((I, rows, L, lanes), "float32")
+                peak_lanes = T.sblock_alloc_buffer((lanes,), "int32")
                 peak = T.sblock_alloc_buffer((1,), "int32")
                 factor = T.sblock_alloc_buffer((1,), "float32")
                 for a, j0, j1 in T.grid(t1, J, lanes):
-                    with T.sblock("pad"):
+                    with T.sblock("pad_zero"):
                         va, v0, v1 = T.axis.remap("SSS", [a, j0, j1])
-                        x_pad[va, v0, v1] = T.if_then_else(
-                            v0 * lanes + v1 < t2 and va * t2 + v0 * lanes + v1 < IC,
-                            T.Cast("float32", x[0, vt, va * t2 + v0 * lanes + v1])
-                            * in_scale[va * t2 + v0 * lanes + v1],
-                            T.float32(0),
+                        x_pad[va, v0, v1] = T.float32(0)
+                for a, j in T.grid(IC // t2, t2):  # whole rows of x, then the last part of one
+                    with T.sblock("pad"):
+                        va, vj = T.axis.remap("SS", [a, j])
+                        x_pad[va, vj // lanes, vj % lanes] = (
+                            T.Cast("float32", x[0, vt, va * t2 + vj]) * in_scale[va * t2 + vj]
+                        )
+                for j in range(IC % t2):
+                    with T.sblock("pad_rest"):
+                        vj = T.axis.spatial(IC % t2, j)
+                        x_pad[IC // t2, vj // lanes, vj % lanes] = (
+                            T.Cast("float32", x[0, vt, IC // t2 * t2 + vj]) * in_scale[IC // t2 * t2 + vj]
                         )
                 for i0, j0 in T.grid(I, J):
                     with T.sblock("mix_tile"):
@@ -108,14 +118,20 @@ def lift_cpu(symbol: str, dtype: str, rows: int, lanes: int) -> Any:
                             with T.sblock("project_store"):
                                 vi1, vc1 = T.axis.remap("SS", [i1, c1])
                                 real[vi0, vi1, vc0, vc1] = tile[vi1, vc1]
-                for i0, i1, c0, c1 in T.grid(I, rows, L, lanes):  # padding repeats row t1 - 1 or is zero
+                for c1, i0, i1, c0 in T.grid(lanes, I, rows, L):  # padding repeats row t1 - 1 or is zero
+                    with T.sblock("peak_lanes"):
+                        vc1, vi0, vi1, vc0 = T.axis.remap("SRRR", [c1, i0, i1, c0])
+                        with T.init():
+                            peak_lanes[vc1] = 0
+                        peak_lanes[vc1] = T.max(
+                            peak_lanes[vc1], T.reinterpret("int32", real[vi0, vi1, vc0, vc1]) & 0x7FFFFFFF
+                        )
+                for c1 in range(lanes):
                     with T.sblock("peak"):
-                        vi0, vi1, vc0, vc1 = T.axis.remap("RRRR", [i0, i1, c0, c1])
+                        vc1 = T.axis.reduce(lanes, c1)
                         with T.init():
                             peak[0] = 0
-                        peak[0] = T.max(
-                            peak[0], T.reinterpret("int32", real[vi0, vi1, vc0, vc1]) & 0x7FFFFFFF
-                        )
+                        peak[0] = T.max(peak[0], peak_lanes[vc1])
                 with T.sblock("factor"):
                     factor[0] = T.float32(Z_MAX) / T.reinterpret("float32", peak[0])
                 with T.sblock("scale"):

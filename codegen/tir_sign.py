@@ -23,7 +23,7 @@ def sign_matmul(symbol: str, dtype: str, tile: int) -> Any:
     is not. All three fit an int32 (|z| <= 16383, K <= 131072), which they must: TVM tells LLVM that neither
     signed nor unsigned arithmetic wraps, so 2 p - sum z would be undefined for a large p.
     """
-    round_to = partial(_round_to, dtype)
+    round_to = partial(round_to_dtype, dtype)
 
     @T.prim_func(s_tir=True)
     def function(
@@ -52,9 +52,9 @@ def sign_matmul(symbol: str, dtype: str, tile: int) -> Any:
                 with T.init():
                     total[vi, vt] = 0
                 total[vi, vt] = total[vi, vt] + T.Cast("int32", z[vi, vt, vk])
-        for i, g, t, r, k in T.grid(m, G, tile, 32, K):
+        for g, i, t, r, k in T.grid(G, m, tile, 32, K):
             with T.sblock("count"):
-                vi, vg, vt, vr, vk = T.axis.remap("SSSSR", [i, g, t, r, k])
+                vg, vi, vt, vr, vk = T.axis.remap("SSSSR", [g, i, t, r, k])
                 with T.init():
                     count[vi, vg, vt, vr] = 0
                 count[vi, vg, vt, vr] = count[vi, vg, vt, vr] + T.Select(
@@ -66,9 +66,9 @@ def sign_matmul(symbol: str, dtype: str, tile: int) -> Any:
                     wide[vi, vt, vk],
                     0,
                 )
-        for i, g, t, r in T.grid(m, G, tile, 32):
+        for g, i, t, r in T.grid(G, m, tile, 32):
             with T.sblock("write"):
-                vi, vg, vt, vr = T.axis.remap("SSSS", [i, g, t, r])
+                vg, vi, vt, vr = T.axis.remap("SSSS", [g, i, t, r])
                 if vg * 32 + vr < OC:
                     y[vi, vt, vg * 32 + vr] = round_to(
                         T.Cast("float32", count[vi, vg, vt, vr] - (total[vi, vt] - count[vi, vg, vt, vr]))
@@ -118,7 +118,7 @@ def sign_matmul_direct(symbol: str, dtype: str) -> Any:
     return function
 
 
-def _round_to(dtype: str, value: Any) -> Any:
+def round_to_dtype(dtype: str, value: Any) -> Any:
     """Round to nearest even. TVM rounds bfloat16 on CPUs by adding to the bits, which turns a NaN of all ones
     into minus zero, so NaNs are replaced by the plain one first."""
     if dtype != "bfloat16":

@@ -25,7 +25,7 @@ WEIGHT_FIRST_TOKENS = {"cpu": 96, "cuda": 32}
 (docs/kernels.md: the CPU figure is measured, the CUDA figure is an estimate)."""
 
 CHUNK_BYTES = 64 << 20
-"""Bound of the extra memory of lifted_linear in weight-first order."""
+"""Bound of the scratch of one kernel call, and of the decoded rows of lifted_linear in weight-first order."""
 
 _MAX_GRID = 65535  # CUDA limit of the grid axes that count tokens and rows
 _MAX_INDEX = 2**31 - 1  # kernels index with 32 bits
@@ -75,7 +75,7 @@ class Ops:
         flat = (x, z, z_scale)
         if len(shape) != 3 or shape[0] != 1:
             flat = (x.reshape(1, tokens, features), z.view(1, tokens, width), z_scale.view(1, tokens, 1))
-        limit = min(_MAX_GRID, _MAX_INDEX // max(width, features))
+        limit = max(1, min(_MAX_GRID, CHUNK_BYTES // (4 * (t1 * t2 + width))))
         function = next(f for spec, f in self._lift[x.dtype] if spec.accepts(tokens, 0, 0))
         for begin in range(0, tokens, limit):
             part = flat if tokens <= limit else tuple(t[:, begin : begin + limit] for t in flat)
@@ -179,7 +179,7 @@ class Ops:
     ) -> list[tuple[Callable[..., None], int, int, int]]:
         """(function, first token, end, tokens per tile) that together cover the tokens."""
         table = self._sign_matmul[dtype]
-        limit = max(1, min(_MAX_GRID, _MAX_INDEX // max(rows, columns, 1)))
+        limit = max(1, min(_MAX_GRID, _MAX_INDEX // max(rows, 1), CHUNK_BYTES // (4 * max(columns, 1))))
         plan: list[tuple[Callable[..., None], int, int, int]] = []
         begin = 0
         while begin < tokens:

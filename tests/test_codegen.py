@@ -8,9 +8,13 @@ import struct
 from pathlib import Path
 
 import pytest
+import torch
 
 from liftc.errors import BuildError
 from liftc.kernel_object import CPU_FEATURES, TARGETS, cpu_features, machine_flags, read_kernel_object
+from liftc.packing import pack_signs
+from liftc.reference import sign_matmul
+from liftc.runtime.kernels import load_kernels
 
 pytest.importorskip("tvm", reason="kernels are built with TVM")
 from liftc.codegen import build as build_module
@@ -55,7 +59,7 @@ def only(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
 def test_cpu_build_is_reproducible_and_described(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     only(monkeypatch, "f16")
     level = "x86-64-v2"
-    knobs = CpuKnobs(token_tiles=(1,), row_lanes=16, lift_rows=2, lift_lanes=8)
+    knobs = CpuKnobs(token_tiles=(1,), pair_lanes=4, lift_rows=2, lift_lanes=8)
     first = build("llvm", (level,), tmp_path / "a", knobs=knobs)
     second = build("llvm", (), tmp_path / "b", cpu=level, knobs=knobs)
     assert first.path == tmp_path / "a" / "kernels" / f"llvm-{level}.so"
@@ -66,8 +70,14 @@ def test_cpu_build_is_reproducible_and_described(tmp_path: Path, monkeypatch: py
         first.features == cpu_features(level) and "sse4_2" in first.features and "avx" not in first.features
     )
     assert (
-        "row_lanes=16" in first.knobs and "LLVM" in first.toolchain and str(tmp_path) not in first.to_json()
+        "pair_lanes=4" in first.knobs and "LLVM" in first.toolchain and str(tmp_path) not in first.to_json()
     )
+    kernels = load_kernels(first.path, torch.device("cpu"))
+    z = torch.randint(-9, 10, (3, 1, 13), dtype=torch.int16, generator=torch.Generator().manual_seed(0))
+    packed = pack_signs(torch.randn(70, 13, generator=torch.Generator().manual_seed(0)))
+    y, ones = torch.zeros(3, 1, 70, dtype=torch.float16), torch.ones(3, 1, 1)
+    kernels.functions["sign_matmul_f16_tile1"](z, ones, packed, torch.ones(70), y)
+    assert torch.equal(y, sign_matmul(z, ones, packed, torch.ones(70), torch.float16))
     assert sorted(p.name for p in first.path.parent.iterdir()) == [f"llvm-{level}.json", f"llvm-{level}.so"]
 
 
@@ -178,7 +188,10 @@ def test_missing_host_compilers_are_named(monkeypatch: pytest.MonkeyPatch, fake_
         check_toolchain(("cuda",), ("sm_89",))
 
 
-def test_compiler_failure_is_one_sentence_and_leaves_nothing(fake_cuda: Path, tmp_path: Path) -> None:
+def test_compiler_failure_is_one_sentence_and_leaves_nothing(
+    fake_cuda: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only(monkeypatch, "f32")
     with pytest.raises(BuildError, match="CUDA kernels: nvcc failed: nvcc fatal   : pretend failure"):
         build("cuda", ("sm_89",), tmp_path / "out")
     assert os.listdir(tmp_path / "out" / "kernels") == []
