@@ -150,6 +150,8 @@ class _LanguageModel(nn.Module):
         **extra: Any,
     ) -> torch.Tensor:
         layers = [_Layer() for _ in range(max(self.cached_layers) + 1)]
+        for layer in layers:  # a layer without a cache still answers for position and length
+            layer.bind(k_cache[0], v_cache[0], cache_position)
         for index, keys, values in zip(self.cached_layers, k_cache, v_cache):
             layers[index].bind(keys, values, cache_position)
         output = self.hf(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,14 @@ import torch
 from torch.fx import GraphModule
 from torch.fx.node import map_aggregate
 
-sys.path.insert(0, str(Path(__file__).parent))  # test helpers import each other by plain name
+sys.path.insert(0, str(Path(__file__).parent))  # shared test code is imported by plain name
 
 from golden_fixture import golden as golden
 from golden_fixture import pytest_addoption as pytest_addoption
+from whole_path import artifact as artifact
+from whole_path import model_folder as model_folder
+from whole_path import options as options
+from whole_path import text_file as text_file
 
 from liftc.checkpoint import Checkpoint
 from liftc.program import Program, copy_graph, split_type
@@ -89,7 +93,7 @@ def language_runner() -> type[LanguageRunner]:
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """tiny_folder(family, **options of save_tiny) -> folder of a tiny model, made once per session."""
+    """tiny_folder(family, **options of save_tiny) -> folder of a tiny model, made once per run."""
     from tiny_models import save_tiny
 
     made: dict[str, Path] = {}
@@ -101,3 +105,12 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache folder of this test run's own, so that nothing from earlier runs is used."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LIFTC_CACHE_DIR", str(folder))
+        yield folder
