@@ -20,7 +20,7 @@ from liftc.packing import packed_rows
 from liftc.runtime.kernels import Kernels
 from liftc.spec import DTYPE_NAMES
 
-WEIGHT_FIRST_TOKENS = {"cpu": 96, "cuda": 32}
+WEIGHT_FIRST_TOKENS = {"cpu": 256, "cuda": 32}
 """Tokens of one call from which lifted_linear decodes the weight instead of lifting the activations
 (docs/kernels.md: the CPU figure is measured, the CUDA figure is an estimate)."""
 

@@ -94,7 +94,7 @@ def batch_table(fmt: LiftFormat) -> None:
     for out_features, in_features in LAYERS:
         layer = Layer(out_features, in_features, fmt)
         operands = (layer.in_scale, layer.left, layer.right, layer.packed, layer.out_scale)
-        for tokens in (4, 16, 32, 64, 96, 128, 192, 256):
+        for tokens in (4, 16, 64, 128, 192, 256, 384, 512):
             x = torch.randn(1, tokens, in_features)
             times = []
             for limit in (tokens + 1, tokens):
