@@ -1,14 +1,8 @@
-"""CPU kernels against liftc/reference.py, and loading them: exactness, shapes, threads, fork, refusals."""
+"""CPU kernels against liftc/reference.py: exactness, shapes, dtypes, strides, refusals."""
 
 from __future__ import annotations
 
-import json
-import shutil
-import subprocess
-import sys
-import textwrap
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,21 +10,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from liftc import ir, reference
-from liftc.errors import ArtifactError, LiftcError, TargetError
+from liftc.errors import LiftcError
 from liftc.format import LiftFormat
 from liftc.packing import pack_signs, unpack_signs
-from liftc.runtime.kernels import Kernels, load_kernels, runs_on
+from liftc.runtime.kernels import Kernels, load_kernels
 from liftc.runtime.ops import WEIGHT_FIRST_TOKENS, register
 from liftc.spec import Z_MAX, transform_shape
 
 pytest.importorskip("tvm", reason="kernels are built with TVM")
-from liftc.codegen.build import build, native_cpu_level
-from liftc.kernel_object import read_kernel_object
+from built_kernels import OTHER_LEVEL, cpu_object
+
+from liftc.codegen.build import native_cpu_level
 
 CPU = torch.device("cpu")
-OTHER_LEVEL = (
-    "x86-64-v3" if native_cpu_level() == "x86-64-v4" else "x86-64-v2"
-)  # its kernels are of another form
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LEADS = ((0,), (1,), (7,), (1, 1), (1, 1, 1), (1, 7), (2, 3), (5, 1), (2, 1, 3), (1, 0))
 LIFTS = (
@@ -39,23 +31,10 @@ LIFTS = (
 )  # fmt: skip
 
 
-@pytest.fixture(scope="session")
-def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("artifact")
-    for level in {native_cpu_level(), OTHER_LEVEL}:
-        build("llvm", (level,), out)
-    return out
-
-
-@pytest.fixture(scope="session")
-def native(artifact: Path) -> Path:
-    return artifact / "kernels" / f"llvm-{native_cpu_level()}.so"
-
-
-@pytest.fixture(scope="session", params=["native", "other"])
-def loaded(request: pytest.FixtureRequest, artifact: Path) -> Kernels:
+@pytest.fixture(scope="module", params=["native", "other"])
+def loaded(request: pytest.FixtureRequest) -> Kernels:
     level = native_cpu_level() if request.param == "native" else OTHER_LEVEL
-    kernels = load_kernels(artifact / "kernels" / f"llvm-{level}.so", CPU)
+    kernels = load_kernels(cpu_object(level), CPU)
     kernels.set_num_threads(2)
     return kernels
 
@@ -289,147 +268,3 @@ def test_misuse_is_one_sentence(kernels: Kernels) -> None:
         with pytest.raises(LiftcError) as caught:
             call()
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
-
-
-FRESH = """
-import os, sys
-sys.modules["tvm"] = None
-from pathlib import Path
-import torch
-from liftc import ir, reference
-from liftc.packing import pack_signs
-from liftc.runtime.kernels import load_kernels
-from liftc.runtime.ops import register
-
-kernels = load_kernels(Path(sys.argv[1]), torch.device("cpu"))
-kernels.library.liftc_use_openmp(int(sys.argv[2]))
-assert kernels.set_num_threads(2) == 2
-register(kernels)
-g = torch.Generator().manual_seed(1)
-z = torch.randint(-16383, 16384, (1, 5, 513), generator=g).to(torch.int16)
-operands = z, torch.rand(1, 5, 1, generator=g), pack_signs(torch.randn(1000, 513, generator=g)), torch.rand(1000)
-want = reference.sign_matmul(*operands, torch.float32)
-
-def check(times=50):
-    return all(torch.equal(ir.sign_matmul(*operands, torch.float32), want) for _ in range(times))
-
-assert check()
-"""
-
-
-def run_fresh(native: Path, openmp: int, more: str) -> None:
-    script = FRESH + textwrap.dedent(more)
-    result = subprocess.run(
-        [sys.executable, "-c", script, str(native), str(openmp)], capture_output=True, text=True, timeout=120
-    )
-    assert result.returncode == 0, result.stderr
-
-
-@pytest.mark.parametrize("openmp", [0, 1])
-def test_fresh_process_without_tvm_with_python_threads_and_fork(native: Path, openmp: int) -> None:
-    run_fresh(
-        native,
-        openmp,
-        """
-        from concurrent.futures import ThreadPoolExecutor
-        with ThreadPoolExecutor(4) as pool:
-            assert all(pool.map(lambda _: check(), range(4)))
-        child = os.fork()
-        if child == 0:
-            os._exit(0 if check(5) else 1)
-        assert os.waitpid(child, 0)[1] == 0
-        assert check()
-        for threads in (1, 7, 300, 2):
-            kernels.set_num_threads(threads)
-            assert check(5)
-        """,
-    )
-
-
-def test_kernels_of_another_device_are_refused(native: Path, tmp_path: Path) -> None:
-    with pytest.raises(TargetError, match="built for cpu, the device is cuda"):
-        load_kernels(native, torch.device("cuda"))
-    with pytest.raises(TargetError, match="built for cpu, the device is meta: use device cpu or cuda"):
-        load_kernels(native, torch.device("meta"))
-
-
-def edited(native: Path, folder: Path, **changes: object) -> Path:
-    """A copy of the object whose descriptor has other values."""
-    path = folder / native.name
-    shutil.copyfile(native, path)
-    record = json.loads(native.with_suffix(".json").read_text()) | changes
-    path.with_suffix(".json").write_text(json.dumps({k: v for k, v in record.items() if v is not ...}))
-    return path
-
-
-def test_missing_cpu_features_are_named_before_the_code_is_opened(native: Path, tmp_path: Path) -> None:
-    path = edited(native, tmp_path, features=["sse4_2", "avx1024"])
-    with pytest.raises(TargetError, match="need the CPU features avx1024, which this machine lacks"):
-        load_kernels(path, CPU)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_cuda_object_without_a_gpu_names_the_cpu_object(native: Path, tmp_path: Path) -> None:
-    changes = {"target": "cuda", "archs": ["sm_89"], "ptx": "compute_89", "features": []}
-    path = edited(native, tmp_path, **changes)
-    with pytest.raises(
-        TargetError, match=f"torch finds none on this machine: load on device cpu.*{native.name}"
-    ):
-        load_kernels(path, torch.device("cuda"))
-    (tmp_path / "other").mkdir()
-    alone = path.rename(tmp_path / "other" / "k.so")
-    path.with_suffix(".json").rename(alone.with_suffix(".json"))
-    record = json.loads(alone.with_suffix(".json").read_text()) | {"path": "k.so"}
-    alone.with_suffix(".json").write_text(json.dumps(record))
-    with pytest.raises(TargetError, match="compile with --target llvm"):
-        load_kernels(alone, torch.device("cuda"))
-
-
-@pytest.mark.parametrize(
-    "archs, ptx, capability, runs",
-    [
-        (("sm_80",), "", (8, 9), True), (("sm_89",), "", (8, 6), False), (("sm_89",), "", (9, 0), False),
-        (("sm_90a",), "", (9, 0), True), (("sm_90a",), "", (10, 0), False), (("sm_100a",), "", (10, 3), False),
-        (("sm_80",), "compute_80", (12, 0), True), (("sm_120",), "compute_120", (9, 0), False),
-        (("sm_100",), "", (10, 3), True), (("sm_90",), "", (10, 0), False),
-    ],
-)  # fmt: skip
-def test_which_gpus_an_object_runs_on(
-    native: Path, tmp_path: Path, archs: tuple[str, ...], ptx: str, capability: tuple[int, int], runs: bool
-) -> None:
-    path = edited(native, tmp_path, target="cuda", archs=list(archs), ptx=ptx)
-    assert runs_on(read_kernel_object(path), capability) is runs
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"surprise": 1}, {"knobs": ...}, {"schema": 99}, {"target": "tpu"}, {"archs": []}, {"archs": ["sm89"]},
-        {"archs": ["x86-64-v9"]}, {"archs": "x86-64-v3"}, {"kernel_version": "1"}, {"functions": [{"symbol": "f"}]},
-        {"functions": {}}, {"path": "../else.so"}, {"sha256": "0" * 64}, {"toolchain": None}, {"ptx": 5},
-    ],
-)  # fmt: skip
-def test_bad_descriptors_are_refused(native: Path, tmp_path: Path, changes: dict[str, object]) -> None:
-    with pytest.raises(ArtifactError, match="kernels: "):
-        load_kernels(edited(native, tmp_path, **changes), CPU)
-
-
-def test_damaged_files_are_refused(native: Path, tmp_path: Path) -> None:
-    path = edited(native, tmp_path)
-    path.with_suffix(".json").write_text("{")
-    with pytest.raises(ArtifactError, match="not a kernel descriptor"):
-        load_kernels(path, CPU)
-    path.with_suffix(".json").write_text("[" * 100_000)
-    with pytest.raises(ArtifactError, match="not a kernel descriptor"):
-        load_kernels(path, CPU)
-    path.with_suffix(".json").unlink()
-    with pytest.raises(ArtifactError, match="is missing"):
-        load_kernels(path, CPU)
-    path = edited(native, tmp_path)
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ArtifactError, match="sha256 differs"):
-        load_kernels(path, CPU)
-    functions = json.loads(native.with_suffix(".json").read_text())["functions"]
-    functions[0]["symbol"] = "absent"
-    with pytest.raises(ArtifactError, match="lacks absent"):
-        load_kernels(edited(native, tmp_path, functions=functions), CPU)
