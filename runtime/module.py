@@ -143,7 +143,9 @@ class CausalLM(GraphModel):
         ids = ids.to(self.device)
         ids = ids[None] if ids.ndim == 1 else ids
         if ids.ndim != 2 or ids.shape[0] != 1 or ids.shape[1] < 1 or ids.dtype != torch.int64:
-            raise LiftcError(f"input_ids must be int64 of shape (T,) or (1, T) with T >= 1, got {tuple(ids.shape)}")
+            raise LiftcError(
+                f"input_ids must be int64 of shape (T,) or (1, T) with T >= 1, got {tuple(ids.shape)}"
+            )
         vocab = self.config.get("vocab_size")
         if vocab is not None and (int(ids.min()) < 0 or int(ids.max()) >= int(vocab)):
             raise LiftcError(f"input_ids must lie in [0, {vocab}), got values up to {int(ids.max())}")

@@ -27,8 +27,9 @@ from liftc.errors import LiftcError, QuantizeError
 from liftc.packing import slice_packed
 from liftc.program import Program
 from liftc.quant.blocks import BlockRunner, Segment
+from liftc.quant.encode import MAX_BEAM
 from liftc.quant.ldlq import quantize_group
-from liftc.quant.mapping import load_mapping
+from liftc.quant.mapping import lam_of, load_mapping
 from liftc.quant.whitening import Whitening, orthogonal_whitening
 from liftc.spec import LiftSpec, LinearSpec
 from liftc.tensor_names import output_scale_name, packed_name
@@ -38,17 +39,18 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class QuantizeOptions:
-    """beam: beam width of the encoder. damp: share of the gram's mean diagonal added to it. lam: weight of
-    the constant-norm term in the tree search (METHOD, generalised sphere decoder). seed: of the whitening."""
+    """beam: beam width of the encoder. damp: share of the gram's mean diagonal added to it. seed: of the
+    whitening. The weight lam of the tree search is the one each mapping matrix was learned with."""
 
     beam: int = 64
     damp: float = 0.01
-    lam: float = 0.05
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.beam < 1 or self.damp <= 0 or self.lam <= 0:
-            raise QuantizeError("beam must be at least 1, damp and lam positive")
+        if not 1 <= self.beam <= MAX_BEAM or not self.damp > 0:
+            raise QuantizeError(
+                f"--beam must lie between 1 and {MAX_BEAM} and --damp above 0, got {self.beam} and {self.damp:g}"
+            )
 
 
 @dataclass(frozen=True)
@@ -178,7 +180,7 @@ class StreamQuantizer:
         try:
             result = quantize_group(
                 torch.cat(weights), gram, spec, self.whitening(spec), load_mapping(spec.format),
-                beam=self.options.beam, damp=self.options.damp, lam=self.options.lam,
+                beam=self.options.beam, damp=self.options.damp, lam=lam_of(spec.format),
             )  # fmt: skip
         except LiftcError as error:
             raise QuantizeError(f"{lift_name}: {error}") from error

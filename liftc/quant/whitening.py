@@ -57,7 +57,8 @@ class Whitening:
         t1, t2 = left.shape[0], right.shape[0]
         padded = functional.pad(rows, (0, t1 * t2 - rows.shape[-1]))
         mixed: torch.Tensor = left @ padded.reshape(*rows.shape[:-1], t1, t2) @ right
-        return mixed.flatten(-2)
+        flat: torch.Tensor = mixed.flatten(-2)
+        return flat
 
 
 def random_orthogonal(size: int, seed: int) -> torch.Tensor:
