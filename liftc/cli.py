@@ -177,7 +177,7 @@ def _add_lattice(commands: Any) -> None:
         sub.add_argument("--device")
         sub.add_argument("-o", "--output", type=Path)
         if name == "train":
-            sub.add_argument("--steps", type=int, help="training steps (default: the recipe of the format)")
+            sub.add_argument("--steps", type=int, help="training steps after the warm-up (default 400)")
 
 
 def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], Answer], text: str) -> Any:
