@@ -21,7 +21,7 @@ def _compile(a: argparse.Namespace) -> Answer:
     options = CompileOptions(
         bits=a.bits, formats=tuple(a.format or ()), targets=tuple(a.target or ("llvm",)), archs=tuple(a.arch or ()),
         cpu=a.cpu, calibration=a.calibration, calibration_windows=a.calibration_windows,
-        calibration_length=a.calibration_length, beam=a.beam, damp=a.damp, seed=a.seed, dtype=a.dtype,
+        calibration_length=a.calibration_length, effort=a.effort, beam=a.beam, damp=a.damp, seed=a.seed, dtype=a.dtype,
         include=a.include, exclude=a.exclude, dump_ir=a.dump_ir, overwrite=a.overwrite, progress=not a.quiet,
         command=tuple(sys.argv[1:]),
     )  # fmt: skip
@@ -103,7 +103,10 @@ def build_parser() -> argparse.ArgumentParser:
     c.add_argument("--calibration", type=Path, help="UTF-8 text file (default: the bundled web text)")
     c.add_argument("--calibration-windows", type=int, default=64, help="number of windows (default 64)")
     c.add_argument("--calibration-length", type=int, default=512, help="tokens per window (default 512)")
-    c.add_argument("--beam", type=int, default=64, help="beam width of the encoder (default 64)")
+    c.add_argument(
+        "--effort", choices=("fast", "balanced", "best"), default="balanced", help="beam width 16, 64 or 1024"
+    )
+    c.add_argument("--beam", type=int, help="beam width of the encoder, instead of the effort's")
     c.add_argument("--damp", type=float, default=0.01, help="damping of the input gram (default 0.01)")
     c.add_argument(
         "--dtype", choices=("bfloat16", "float16", "float32"), help="activations (default: the model's)"

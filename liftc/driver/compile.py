@@ -47,13 +47,18 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 
 
+EFFORTS = {"fast": 16, "balanced": 64, "best": 1024}
+"""Beam width of the encoder by --effort; its time grows about linearly with it (docs/encoder.md)."""
+
+
 @dataclass(frozen=True)
 class CompileOptions:
     """Options of `liftc compile`; the defaults are the command line's.
 
     bits: bits per weight of the signs, rounded to D/32 (2.4 unless `formats` gives one for all). formats:
     "LQ-D/d" for all linears or "REGEX=LQ-D/d" for the matching ones. targets: "llvm", "cuda". archs: "sm_89",
-    ... for cuda. cpu: "native" or an x86-64 level for llvm.
+    ... for cuda. cpu: "native" or an x86-64 level for llvm. effort: a key of EFFORTS, the beam width of the
+    encoder unless `beam` states one.
     """
 
     bits: float | None = None
@@ -64,7 +69,8 @@ class CompileOptions:
     calibration: Path | None = None
     calibration_windows: int = 64
     calibration_length: int = 512
-    beam: int = 64
+    effort: str = "balanced"
+    beam: int | None = None
     damp: float = 0.01
     seed: int = 0
     dtype: str | None = None
@@ -74,6 +80,15 @@ class CompileOptions:
     overwrite: bool = False
     progress: bool = True
     command: tuple[str, ...] = field(default=(), compare=False)
+
+    def __post_init__(self) -> None:
+        if self.effort not in EFFORTS:
+            raise QuantizeError(f"there is no effort {self.effort!r}: choose from {', '.join(EFFORTS)}")
+
+    @property
+    def beam_width(self) -> int:
+        """`beam`, or that of the effort."""
+        return EFFORTS[self.effort] if self.beam is None else self.beam
 
     def formats_by_pattern(self) -> tuple[LiftFormat, dict[str, LiftFormat]]:
         """(format of all linears, regex -> format); raises FormatError and QuantizeError."""
@@ -109,7 +124,7 @@ def compile_model(
     options = replace(options or CompileOptions(), **changes)
     out = Path(output)
     default, overrides = options.formats_by_pattern()
-    quantize = QuantizeOptions(beam=options.beam, damp=options.damp, seed=options.seed)
+    quantize = QuantizeOptions(beam=options.beam_width, damp=options.damp, seed=options.seed)
     if out.exists() and not options.overwrite:
         raise ArtifactError(
             f"{out} exists already; choose another output or allow overwriting it (--overwrite)"
@@ -172,7 +187,7 @@ def _write(
     facts = {
         "route": str(lowered.attrs.get("route", "graph")),
         "formats": {name: str(spec.format) for name, spec in lowered.linears.items()},
-        "beam": options.beam, "damp": options.damp, "seed": options.seed, "calibration": inputs.description,
+        "beam": options.beam_width, "damp": options.damp, "seed": options.seed, "calibration": inputs.description,
     }  # fmt: skip
     if captured.config is not None:
         write_json(

@@ -52,7 +52,12 @@ def _key(target: str, archs: Sequence[str], cpu: str) -> str:
     room = Path(liftc.codegen.__file__).parent
     for path in sorted([*room.glob("*.py"), *room.glob("*.c")]):
         digest.update(path.name.encode() + path.read_bytes())
-    facts = [target, *(archs if target == "cuda" else [cpu]), version("apache-tvm"), version("apache-tvm-ffi")]
+    facts = [
+        target,
+        *(archs if target == "cuda" else [cpu]),
+        version("apache-tvm"),
+        version("apache-tvm-ffi"),
+    ]
     if target == "cuda":
         facts.append(str(find_nvcc()))
     digest.update("|".join(facts).encode())

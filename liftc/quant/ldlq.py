@@ -46,12 +46,15 @@ def quantize_group(
     beam: int,
     damp: float,
     lam: float,
+    device: torch.device | None = None,
 ) -> GroupResult:
     """Quantize weight (OC, IC) against gram (IC, IC) = E[x xᵀ]; both any float dtype.
 
-    Raises QuantizeError for NaN or infinite weights. Rows of zeros get output_scale 0.
+    Works on `device` (default: where the weight is); results are on the CPU. Raises QuantizeError for NaN or infinite weights. Rows of zeros get output_scale 0.
     """
-    weight = weight.float()
+    place = device or weight.device
+    weight, gram, mapping_matrix = weight.to(place, torch.float32), gram.to(place), mapping_matrix.to(place)
+    whitening = whitening.to(place)
     if not torch.isfinite(weight).all():
         raise QuantizeError("the weights hold NaN or infinite values; repair the checkpoint first")
     d, lifted = spec.format.subspace_dim, spec.format.lifted_dim
@@ -74,7 +77,7 @@ def quantize_group(
             feedback = (inverse @ factor[start:stop, stop:]).float()
             work[:, stop:] -= (block - decoded[:, start:stop]) @ feedback
     dense = whitening.unwhiten_weight(decoded, weight.shape[1])
-    return GroupResult(packed, scale, dense, *_errors(weight, dense, gram))
+    return GroupResult(packed, scale.cpu(), dense.cpu(), *_errors(weight, dense, gram))
 
 
 def feedback_factor(whitened_gram: torch.Tensor, damp: float) -> torch.Tensor:

@@ -26,6 +26,11 @@ class Whitening:
     right_inverse: torch.Tensor
     activation_scale: torch.Tensor | None = None
 
+    def to(self, device: torch.device) -> Whitening:
+        """The same transform with its tensors on `device`."""
+        scale = None if self.activation_scale is None else self.activation_scale.to(device)
+        return Whitening(self.left.to(device), self.right_inverse.to(device), scale)
+
     @property
     def padded_in_features(self) -> int:
         return self.left.shape[0] * self.right_inverse.shape[0]
@@ -56,9 +61,8 @@ class Whitening:
     def _mix(self, rows: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         t1, t2 = left.shape[0], right.shape[0]
         padded = functional.pad(rows, (0, t1 * t2 - rows.shape[-1]))
-        mixed: torch.Tensor = left @ padded.reshape(*rows.shape[:-1], t1, t2) @ right
-        flat: torch.Tensor = mixed.flatten(-2)
-        return flat
+        mixed = left @ padded.reshape(*rows.shape[:-1], t1, t2) @ right
+        return torch.flatten(mixed, -2)
 
 
 def random_orthogonal(size: int, seed: int) -> torch.Tensor:

@@ -1,0 +1,103 @@
+"""The whole GPU check in one command, on a machine with torch, tvm_ffi and pytest but neither TVM nor a registry.
+
+    python scripts/gpu_check.py --artifact ARTIFACT --out OUT
+
+artifact: a language model compiled with --target cuda --target llvm; its CUDA object, copied to build/kernels, is
+what the tests use. Runs the tests marked gpu, checks the encoder against its reference bit for bit, compares
+quantizing and generation on GPU and CPU, times decoding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import liftc
+from liftc.quant.ldlq import quantize_group
+from liftc.quant.mapping import lam_of, load_mapping
+from liftc.quant.whitening import orthogonal_whitening
+from liftc.spec import LiftSpec, transform_shape
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run_tests() -> dict[str, Any]:
+    """The GPU tests of the kernels (on build/kernels/cuda-*.so), and the encoder against its reference."""
+    tests = [sys.executable, "-m", "pytest", "-q", "--noconftest", "tests/test_kernels_gpu.py"]
+    code = subprocess.run(tests, cwd=ROOT).returncode
+    check = [sys.executable, "scripts/gpu_lattice.py", "--check", "--out", "build/gpu-check"]
+    encoder = subprocess.run(check, cwd=ROOT, stdout=subprocess.PIPE, text=True).stdout
+    return {"kernel_tests_exit_code": code, "encoder_equal": encoder.count(": equal"),
+            "encoder_different": encoder.count("DIFFERENT")}  # fmt: skip
+
+
+def compare_generation(artifact: Path) -> dict[str, Any]:
+    """Greedy tokens and prefill logits of one artifact on GPU and CPU."""
+    prompt = list(range(2, 40))
+    gpu, cpu = liftc.load(artifact, "cuda"), liftc.load(artifact, "cpu")
+    ours, theirs = gpu.generate(prompt, 24, stop_tokens=()), cpu.generate(prompt, 24, stop_tokens=())
+    difference = (gpu(ours).cpu().float() - cpu(ours.cpu()).float()).abs().max()
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    count = len(list(gpu.stream(prompt, 64, stop_tokens=())))
+    torch.cuda.synchronize()
+    return {
+        "tokens_equal": bool(torch.equal(ours.cpu(), theirs)),
+        "largest_logit_difference": float(difference),
+        "tokens_per_second": count / (time.perf_counter() - started),
+    }
+
+
+def compare_quantizer() -> dict[str, Any]:
+    """One group quantized on GPU and CPU: the errors must agree, and the time of the GPU."""
+    fmt = liftc.LiftFormat.parse("LQ-77/32")
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(2048, 1024, generator=generator), torch.randn(4096, 1024, generator=generator)
+    gram = x.T @ x / 4096
+    left, right = transform_shape(1024, fmt)
+    spec, white = LiftSpec(fmt, 1024, left, right), orthogonal_whitening(left, right, 0)
+    answer: dict[str, Any] = {}
+    for device, rows in (("cuda", 2048), ("cuda", 2048), ("cpu", 64)):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        try:
+            result = quantize_group(
+                weight[:rows], gram, spec, white, load_mapping(fmt),
+                beam=64, damp=0.01, lam=lam_of(fmt), device=torch.device(device),
+            )  # fmt: skip
+        except liftc.LiftcError as error:  # the CPU encoder needs TVM
+            answer[device] = str(error)
+            continue
+        seconds = time.perf_counter() - started
+        answer[device] = {
+            "relative_error": result.relative_error, "proxy_loss": result.proxy_loss,
+            "seconds_per_million_weights": seconds / (rows * 1024) * 1e6,
+        }  # fmt: skip
+    return answer
+
+
+def main() -> None:
+    """Run everything, print one JSON object, exit with 1 when something disagreed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--artifact", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    a = parser.parse_args()
+    facts = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, **run_tests()}
+    facts["quantizer"] = compare_quantizer()
+    facts["generation"] = compare_generation(a.artifact)
+    a.out.mkdir(parents=True, exist_ok=True)
+    (a.out / "gpu_check.json").write_text(json.dumps(facts, indent=1))
+    print(json.dumps(facts, indent=1))
+    good = facts["kernel_tests_exit_code"] == 0 and not facts["encoder_different"] and facts["encoder_equal"]
+    sys.exit(0 if good and facts["generation"]["tokens_equal"] else 1)
+
+
+if __name__ == "__main__":
+    main()
