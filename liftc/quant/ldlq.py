@@ -50,7 +50,8 @@ def quantize_group(
 ) -> GroupResult:
     """Quantize weight (OC, IC) against gram (IC, IC) = E[x xᵀ]; both any float dtype.
 
-    Works on `device` (default: where the weight is); results are on the CPU. Raises QuantizeError for NaN or infinite weights. Rows of zeros get output_scale 0.
+    Works on `device` (default: where the weight is); results are on the CPU. Raises QuantizeError for NaN or
+    infinite weights. Rows of zeros get output_scale 0.
     """
     place = device or weight.device
     weight, gram, mapping_matrix = weight.to(place, torch.float32), gram.to(place), mapping_matrix.to(place)

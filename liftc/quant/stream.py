@@ -40,7 +40,8 @@ aten = torch.ops.aten
 @dataclass(frozen=True)
 class QuantizeOptions:
     """beam: beam width of the encoder. damp: share of the gram's mean diagonal added to it. seed: of the
-    whitening. device: where the linears are encoded (a GPU when there is one). The weight lam of the tree search is the one each mapping matrix was learned with."""
+    whitening. device: where the linears are encoded, a GPU when there is one. The weight lam of the tree search
+    is the one each mapping matrix was learned with."""
 
     beam: int = 64
     damp: float = 0.01
@@ -181,7 +182,8 @@ class StreamQuantizer:
         try:
             result = quantize_group(
                 torch.cat(weights), gram, spec, self.whitening(spec), load_mapping(spec.format),
-                beam=self.options.beam, damp=self.options.damp, device=torch.device(self.options.device), lam=lam_of(spec.format),
+                beam=self.options.beam, damp=self.options.damp, lam=lam_of(spec.format),
+                device=torch.device(self.options.device),
             )  # fmt: skip
         except LiftcError as error:
             raise QuantizeError(f"{lift_name}: {error}") from error

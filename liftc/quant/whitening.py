@@ -71,8 +71,8 @@ def random_orthogonal(size: int, seed: int) -> torch.Tensor:
         raise QuantizeError(f"whitening: an orthogonal factor needs a positive size, got {size}")
     generator = torch.Generator().manual_seed(seed * 1_000_003 + size)
     q, r = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
-    signs: torch.Tensor = torch.sign(torch.diagonal(r))
-    return q * signs
+    orthogonal: torch.Tensor = q * torch.sign(torch.diagonal(r))
+    return orthogonal
 
 
 def orthogonal_whitening(left: int, right: int, seed: int) -> Whitening:
