@@ -52,7 +52,7 @@ def save_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], plann
     shard_of = {name: index for index, group in enumerate(groups) for name in group}
     pending: list[dict[str, torch.Tensor]] = [{} for _ in groups]
     weight_map: dict[str, str] = {}
-    total = 0
+    written: list[Path] = []
     for name, tensor in tensors:
         if planned.get(name) != tensor.numel() * tensor.element_size():
             raise ArtifactError(
@@ -63,7 +63,7 @@ def save_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], plann
         if len(pending[shard]) == len(groups[shard]):
             file = f"model-{shard + 1:05d}-of-{len(groups):05d}.safetensors"
             save_file(pending[shard], folder / file, metadata={"format": "pt"})
-            total += (folder / file).stat().st_size
+            written.append(folder / file)
             weight_map.update(dict.fromkeys(groups[shard], file))
             pending[shard] = {}
     lacking = sorted(set(planned) - set(weight_map))
@@ -71,7 +71,9 @@ def save_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], plann
         raise ArtifactError(f"planned tensor {lacking[0]} was never written")
     index = {"metadata": {"total_size": sum(planned.values())}, "weight_map": weight_map}
     write_json(folder / "model.safetensors.index.json", index)
-    return total
+    for path in written:  # safetensors creates files that only their owner may read
+        shutil.copymode(folder / "model.safetensors.index.json", path)
+    return sum(path.stat().st_size for path in written)
 
 
 @contextmanager

@@ -81,6 +81,8 @@ def test_planned_bytes_are_on_disk(artifact: Path) -> None:
     assert {e.name: e.nbytes for e in plan.entries} == {n: stored.spec(n).nbytes for n in stored.names()}
     facts = inspect_artifact(artifact)
     assert facts["bytes"]["total"] == plan.total and facts["bits_per_weight"] == plan.bits_per_weight
+    readable = {p.stat().st_mode & 0o777 for p in artifact.glob("*.*") if p.is_file()}
+    assert len(readable) == 1, "all files carry the same permissions"
     assert facts["formats"] == {"LQ-64/32": 10} and facts["targets"][0]["target"] == "llvm"
 
 

@@ -198,12 +198,13 @@ def _write(
             if (captured.folder / name).is_file():
                 shutil.copyfile(captured.folder / name, stage / name)
     write_json(stage / "report.json", {"linears": [asdict(row) for row in quantized.report]})
-    card = model_card(lowered.name, plan, facts, quantized)
+    name = lowered.name if captured.folder is None else captured.folder.name
+    card = model_card(name, plan, facts, quantized)
     (stage / "README.md").write_text(card, encoding="utf-8")
     write_manifest(
         stage,
         {"liftc": __version__, "kind": captured.kind, "targets": list(options.targets),
-         "command": list(options.command), "options": facts, "versions": _versions(), "source": lowered.name},
+         "command": list(options.command), "options": facts, "versions": _versions(), "source": name},
     )  # fmt: skip
 
 
