@@ -76,6 +76,16 @@ def save_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], plann
     return sum(path.stat().st_size for path in written)
 
 
+def check_output(out: Path, *, overwrite: bool) -> None:
+    """Refuse an output that exists: always when it is not an artifact, and without `overwrite` when it is."""
+    if not out.exists():
+        return
+    if not (out / MANIFEST).is_file():
+        raise ArtifactError(f"{out} exists and is not a liftc artifact; choose another --output")
+    if not overwrite:
+        raise ArtifactError(f"{out} exists already; choose another --output or pass --overwrite")
+
+
 @contextmanager
 def staging(out: Path, partial: Path, *, overwrite: bool) -> Iterator[Path]:
     """A fresh folder inside `partial` that becomes `out` when the block ends without an error.
@@ -83,8 +93,7 @@ def staging(out: Path, partial: Path, *, overwrite: bool) -> Iterator[Path]:
     An existing `out` is replaced only with `overwrite`, and only after the new one is complete. Disk errors
     become ArtifactError; whatever happens, `out` is either the old folder or the finished new one.
     """
-    if out.exists() and not overwrite:
-        raise ArtifactError(f"{out} exists already; choose another --output or pass --overwrite")
+    check_output(out, overwrite=overwrite)
     stage = partial / "artifact"
     shutil.rmtree(stage, ignore_errors=True)
     try:

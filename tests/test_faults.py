@@ -98,10 +98,32 @@ def test_unknown_arch(capsys: pytest.CaptureFixture[str], model_folder: Path, tm
     assert "sm_999" in message or "nvcc" in message
 
 
-def test_existing_output_is_kept(capsys: pytest.CaptureFixture[str], artifact: Path, model_folder: Path) -> None:
+def test_existing_output_is_kept(
+    capsys: pytest.CaptureFixture[str], artifact: Path, model_folder: Path
+) -> None:
     before = read_manifest(artifact)
     assert "--overwrite" in refused(capsys, "compile", model_folder, "-o", artifact)
     assert read_manifest(artifact) == before
+
+
+def test_foreign_folders_are_never_replaced(
+    capsys: pytest.CaptureFixture[str], model_folder: Path, options: CompileOptions, tmp_path: Path
+) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years of work")
+    said = refused(capsys, "compile", model_folder, "-o", mine, "--overwrite")
+    assert "not a liftc artifact" in said
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ArtifactError, match="not a liftc work folder"):
+        compile_model(model_folder, tmp_path / "out", options)
+    assert (mine / "thesis.txt").is_file() and (tmp_path / "out.partial" / "thesis.txt").is_file()
+
+
+def test_unknown_effort(model_folder: Path, options: CompileOptions, tmp_path: Path) -> None:
+    with pytest.raises(LiftcError, match="no effort 'heroic'"):
+        compile_model(model_folder, tmp_path / "out", options, effort="heroic")
 
 
 def test_too_little_calibration_text(
@@ -163,7 +185,7 @@ def test_kill_and_run_again(
             liftc.load(tmp_path / "out.partial" / "artifact")
         capsys.readouterr()
         compile_model(model_folder, out, replace(options, progress=True))
-        assert "continuing the interrupted run" in capsys.readouterr().out
+        assert "continuing the interrupted run" in capsys.readouterr().err
     weights = "model-00001-of-00001.safetensors"
     assert read_manifest(out)["files"][weights] == read_manifest(artifact)["files"][weights]
 
@@ -181,7 +203,7 @@ def test_interrupted_run_with_other_options_starts_over(
             compile_model(model_folder, tmp_path / "out", options)
     capsys.readouterr()
     compile_model(model_folder, tmp_path / "out", replace(options, beam=2, progress=True))
-    assert "starting over: options differ" in capsys.readouterr().out
+    assert "starting over: options differ" in capsys.readouterr().err
 
 
 @pytest.fixture()

@@ -6,6 +6,7 @@ import hashlib
 import json
 import platform
 import shutil
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -16,11 +17,12 @@ import torch
 from torch import nn
 
 from liftc import __version__, env
-from liftc.artifact import save_shards, staging, write_json, write_manifest
+from liftc.artifact import check_output, save_shards, staging, write_json, write_manifest
 from liftc.capture import Captured, capture
 from liftc.codegen.build import check_toolchain
 from liftc.driver.calibrate import (
     CalibrationInputs,
+    digest,
     encoder_inputs,
     example_module_inputs,
     language_model_inputs,
@@ -37,6 +39,7 @@ from liftc.passes.pipeline import after_quantize, before_quantize
 from liftc.plan import Plan, plan_program
 from liftc.program import Program
 from liftc.quant.blocks import BlockRunner
+from liftc.quant.mapping import load_mapping
 from liftc.quant.stream import Quantized, QuantizeOptions, StreamQuantizer
 from liftc.runtime.loader import FOLDED
 from liftc.text import print_program
@@ -125,10 +128,7 @@ def compile_model(
     out = Path(output)
     default, overrides = options.formats_by_pattern()
     quantize = QuantizeOptions(beam=options.beam_width, damp=options.damp, seed=options.seed)
-    if out.exists() and not options.overwrite:
-        raise ArtifactError(
-            f"{out} exists already; choose another output or allow overwriting it (--overwrite)"
-        )
+    check_output(out, overwrite=options.overwrite)
     check_toolchain(options.targets, options.archs, options.cpu)
     started = time.perf_counter()
     captured = capture(model, example_inputs, dtype=options.dtype)
@@ -150,7 +150,7 @@ def compile_model(
         _write(stage, captured, lowered, quantized, inputs, options)
     shutil.rmtree(partial, ignore_errors=True)
     if options.progress:
-        print(f"compiled {out} in {time.perf_counter() - started:.0f} s", flush=True)
+        print(f"compiled {out} in {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
     return out
 
 
@@ -250,15 +250,15 @@ def _fingerprint(
 ) -> dict[str, Any]:
     """What must not change between an interrupted compile and the one that continues it."""
     weights = hashlib.sha256()
-    for linear in program.linears.values():
-        tensor = captured.checkpoint.tensor(linear.weight).contiguous()
-        weights.update(linear.weight.encode())
-        weights.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    for name in program.tensors:
+        weights.update(name.encode() + digest([captured.checkpoint.tensor(name)]).encode())
+    formats = sorted({spec.format for spec in program.lifts.values()})
     return {
         "model": weights.hexdigest(),
         "program": hashlib.sha256(print_program(program).encode()).hexdigest(),
         "calibration": inputs.digest,
         "options": asdict(quantize),
+        "mapping matrices": digest([load_mapping(fmt) for fmt in formats]),
         "version": __version__,
     }
 
@@ -272,13 +272,18 @@ def _resume_or_clear(partial: Path, fingerprint: Mapping[str, Any], *, announce:
         except (OSError, ValueError):
             previous = {}
         changed = [key for key in fingerprint if previous.get(key) != fingerprint[key]]
+        if changed and not previous and any(partial.iterdir()):
+            raise ArtifactError(
+                f"{partial} is not a liftc work folder; move it away or choose another output"
+            )
         if changed:
-            if announce:
-                print(f"starting over: {', '.join(changed)} differ from the interrupted run in {partial}")
             shutil.rmtree(partial)
-        elif announce:
+            said = f"starting over: {', '.join(changed)} differ from the interrupted run in {partial}"
+        else:
             done = len(list((partial / "quantized").glob("block-*.safetensors")))
-            print(f"continuing the interrupted run in {partial}: {done} blocks are done")
+            said = f"continuing the interrupted run in {partial}: {done} blocks are done"
+        if announce:
+            print(said, file=sys.stderr)
     try:
         partial.mkdir(parents=True, exist_ok=True)
         write_json(marker, fingerprint)
