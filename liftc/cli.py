@@ -173,6 +173,7 @@ def _add_lattice(commands: Any) -> None:
                        ("train", "learn a mapping matrix"), ("report", "rate-distortion table and plot")):  # fmt: skip
         sub = actions.add_parser(name, help=text, description=text)
         sub.add_argument("--json", action="store_true", default=argparse.SUPPRESS)
+        sub.add_argument("-q", "--quiet", action="store_true", default=argparse.SUPPRESS)
         sub.add_argument("--format", action="append", metavar="LQ-D/d", help="repeatable")
         sub.add_argument("--beam", type=int, action="append", help="repeatable (default 64)")
         sub.add_argument("--samples", type=int, default=100_000, help="weights, rounded up to whole vectors")
