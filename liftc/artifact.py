@@ -86,6 +86,13 @@ def check_output(out: Path, *, overwrite: bool) -> None:
         raise ArtifactError(f"{out} exists already; choose another --output or pass --overwrite")
 
 
+def recover_replaced(out: Path, partial: Path) -> None:
+    """Put back the artifact that a killed `staging` had moved aside but not yet replaced."""
+    old = partial / "replaced"
+    if not out.exists() and (old / MANIFEST).is_file():
+        os.replace(old, out)
+
+
 @contextmanager
 def staging(out: Path, partial: Path, *, overwrite: bool) -> Iterator[Path]:
     """A fresh folder inside `partial` that becomes `out` when the block ends without an error.
@@ -107,6 +114,7 @@ def staging(out: Path, partial: Path, *, overwrite: bool) -> Iterator[Path]:
             os.replace(out, old)
         os.replace(stage, out)
     except OSError as error:
+        recover_replaced(out, partial)
         shutil.rmtree(stage, ignore_errors=True)
         raise ArtifactError(
             f"cannot write {out}: {error.strerror or error}; nothing was changed there"

@@ -121,6 +121,33 @@ def test_foreign_folders_are_never_replaced(
     assert (mine / "thesis.txt").is_file() and (tmp_path / "out.partial" / "thesis.txt").is_file()
 
 
+def test_overwrite_never_loses_the_old_artifact(
+    damaged: Path,
+    model_folder: Path,
+    options: CompileOptions,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The second of the two renames fails, or the process dies between them: the old artifact comes back."""
+    before, rename = read_manifest(damaged), os.replace
+
+    def fail(source: Path, target: Path) -> None:
+        if Path(source).name == "artifact":
+            raise OSError(errno.EIO, "Input/output error")
+        rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail)
+        with pytest.raises(ArtifactError, match="nothing was changed"):
+            compile_model(model_folder, damaged, replace(options, overwrite=True))
+    assert read_manifest(damaged) == before
+    partial = tmp_path / "damaged.partial"
+    os.replace(damaged, partial / "replaced")  # where a kill -9 would have left it
+    with pytest.raises(ArtifactError, match="--overwrite"):
+        compile_model(model_folder, damaged, replace(options, beam=2))
+    assert read_manifest(damaged) == before
+
+
 def test_unknown_effort(model_folder: Path, options: CompileOptions, tmp_path: Path) -> None:
     with pytest.raises(LiftcError, match="no effort 'heroic'"):
         compile_model(model_folder, tmp_path / "out", options, effort="heroic")

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from liftc import __version__, env
-from liftc.artifact import check_output, save_shards, staging, write_json, write_manifest
+from liftc.artifact import check_output, recover_replaced, save_shards, staging, write_json, write_manifest
 from liftc.capture import Captured, capture
 from liftc.codegen.build import check_toolchain
 from liftc.driver.calibrate import (
@@ -128,6 +128,8 @@ def compile_model(
     out = Path(output)
     default, overrides = options.formats_by_pattern()
     quantize = QuantizeOptions(beam=options.beam_width, damp=options.damp, seed=options.seed)
+    partial = out.with_name(out.name + ".partial")
+    recover_replaced(out, partial)
     check_output(out, overwrite=options.overwrite)
     check_toolchain(options.targets, options.archs, options.cpu)
     started = time.perf_counter()
@@ -138,7 +140,6 @@ def compile_model(
     if not program.linears:
         raise QuantizeError("no linear layer was selected; widen --include or drop --exclude")
     inputs = _calibrate(captured, program, options, example_inputs)
-    partial = out.with_name(out.name + ".partial")
     _resume_or_clear(partial, _fingerprint(captured, program, inputs, quantize), announce=options.progress)
     runner = BlockRunner(program.graphs[inputs.graph], inputs.sequences, inputs.shared, inputs.scratch)
     quantized = StreamQuantizer(
