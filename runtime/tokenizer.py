@@ -8,6 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from liftc.errors import ArtifactError, LiftcError
+from liftc.runtime.chat_template import pick_template, render_chat
+
+END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "</s>", "<eos>")
+"""Names of the token that ends a text in pretraining. The eos_token of a chat model ends a turn instead."""
 
 
 class Tokenizer:
@@ -29,7 +33,9 @@ class Tokenizer:
         self._config = _read_json(folder / "tokenizer_config.json")
         template = folder / "chat_template.jinja"
         self.chat_template = (
-            template.read_text(encoding="utf-8") if template.is_file() else self._config.get("chat_template")
+            template.read_text(encoding="utf-8")
+            if template.is_file()
+            else pick_template(self._config.get("chat_template"))
         )
 
     def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
@@ -45,24 +51,28 @@ class Tokenizer:
 
         Raises LiftcError when the model has no chat template or the template rejects the messages.
         """
-        if not isinstance(self.chat_template, str):
+        return self.encode(self.render(messages, add_generation_prompt=True), special_tokens=False)
+
+    def render(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> str:
+        """Text of a conversation, its special tokens written out; raises LiftcError as `chat` does."""
+        if self.chat_template is None:
             raise LiftcError("this model has no chat template; give the prompt as plain text")
-        from jinja2 import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        def refuse(message: str) -> None:
-            raise TemplateError(message)
-
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = refuse
         special = {key: _token_text(self._config.get(key)) for key in ("bos_token", "eos_token", "pad_token")}
-        try:
-            text = environment.from_string(self.chat_template).render(
-                messages=list(messages), add_generation_prompt=True, **special
-            )
-        except TemplateError as error:
-            raise LiftcError(f"the chat template rejected the messages: {error}") from error
-        return self.encode(text, special_tokens=False)
+        return render_chat(self.chat_template, messages, special, add_generation_prompt=add_generation_prompt)
+
+    def document_marks(self) -> tuple[list[int], list[int]]:
+        """(ids before, ids after) a whole document: the tokenizer's own begin and end tokens; where it adds
+        no end token, the end-of-text token of the vocabulary, if there is one."""
+        frame = self.encode("")
+        half = (len(frame) + 1) // 2
+        begin, end = frame[:half], frame[half:]
+        if not end:
+            special = {t.content: i for i, t in self._fast.get_added_tokens_decoder().items() if t.special}
+            eos = _token_text(self._config.get("eos_token"))
+            known = [name for name in (eos, *END_OF_TEXT) if name in END_OF_TEXT and name in special]
+            found = special.get(known[0]) if known else self._fast.token_to_id(eos) if eos else None
+            end = [] if found is None else [found]
+        return begin, end
 
 
 class StreamDecoder:
