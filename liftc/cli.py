@@ -21,7 +21,9 @@ def _compile(a: argparse.Namespace) -> Answer:
     options = CompileOptions(
         bits=a.bits, formats=tuple(a.format or ()), targets=tuple(a.target or ("llvm",)), archs=tuple(a.arch or ()),
         cpu=a.cpu, calibration=a.calibration, calibration_windows=a.calibration_windows,
-        calibration_length=a.calibration_length, effort=a.effort, beam=a.beam, damp=a.damp, seed=a.seed, dtype=a.dtype,
+        calibration_length=a.calibration_length, calibration_tokens=a.calibration_tokens,
+        calibration_field=a.calibration_field, chat_template=a.chat_template, chat_wrap=a.chat_wrap,
+        effort=a.effort, beam=a.beam, damp=a.damp, seed=a.seed, dtype=a.dtype,
         include=a.include, exclude=a.exclude, dump_ir=a.dump_ir, overwrite=a.overwrite, progress=not a.quiet,
         command=tuple(sys.argv[1:]),
     )  # fmt: skip
@@ -100,9 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     c.add_argument("-arch", "--arch", action="append", metavar="sm_XX", help="CUDA architectures; repeatable")
     c.add_argument("--cpu", default="native", help="CPU level: native, x86-64-v2, x86-64-v3, x86-64-v4")
-    c.add_argument("--calibration", type=Path, help="UTF-8 text file (default: the bundled web text)")
-    c.add_argument("--calibration-windows", type=int, default=64, help="number of windows (default 64)")
-    c.add_argument("--calibration-length", type=int, default=512, help="tokens per window (default 512)")
+    _add_calibration(c)
     c.add_argument(
         "--effort", choices=("fast", "balanced", "best"), default="balanced", help="beam width 16, 64 or 1024"
     )
@@ -166,6 +166,28 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_calibration(c: Any) -> None:
+    c.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="PATH",
+        help="text file, .jsonl, .parquet, .arrow or a data set folder (default: the bundled web text)",
+    )
+    c.add_argument(
+        "--calibration-field", metavar="NAME", help="field of its rows (default: text, then messages)"
+    )
+    c.add_argument(
+        "--chat-template", action="store_true", help="render rows of messages with the model's chat template"
+    )
+    c.add_argument(
+        "--chat-wrap", action="store_true", help="with --chat-template, also make plain texts a user's turn"
+    )
+    amount = c.add_mutually_exclusive_group()
+    amount.add_argument("--calibration-windows", type=int, default=64, help="number of windows (default 64)")
+    amount.add_argument("--calibration-tokens", type=_tokens, metavar="N", help="a budget: 5000, 32k, 1M")
+    c.add_argument("--calibration-length", type=int, default=512, help="tokens per window (default 512)")
+
+
 def _add_lattice(commands: Any) -> None:
     lattice = _command(commands, "lattice", _lattice, "learn, evaluate and show mapping matrices")
     actions = lattice.add_subparsers(dest="action", required=True, metavar="ACTION")
@@ -199,6 +221,15 @@ def _number(text: str) -> float:
         return float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number; give bits such as 2.4") from None
+
+
+def _tokens(text: str) -> int:
+    from liftc.quant.calibration import parse_tokens
+
+    try:
+        return parse_tokens(text)
+    except LiftcError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:

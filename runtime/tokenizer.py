@@ -30,6 +30,8 @@ class Tokenizer:
             self._fast = Fast.from_file(str(path))
         except Exception as error:  # the Rust binding raises plain Exception
             raise ArtifactError(f"{path} cannot be read as a tokenizer: {error}") from error
+        self._fast.no_truncation()  # files of sentence encoders cut and pad to a training length
+        self._fast.no_padding()
         self._config = _read_json(folder / "tokenizer_config.json")
         template = folder / "chat_template.jinja"
         self.chat_template = (
@@ -60,12 +62,16 @@ class Tokenizer:
         special = {key: _token_text(self._config.get(key)) for key in ("bos_token", "eos_token", "pad_token")}
         return render_chat(self.chat_template, messages, special, add_generation_prompt=add_generation_prompt)
 
+    def frame(self) -> tuple[list[int], list[int]]:
+        """(begin ids, end ids) that the tokenizer itself puts around a text."""
+        ids = self.encode("")
+        half = (len(ids) + 1) // 2
+        return ids[:half], ids[half:]
+
     def document_marks(self) -> tuple[list[int], list[int]]:
         """(ids before, ids after) a whole document: the tokenizer's own begin and end tokens; where it adds
         no end token, the end-of-text token of the vocabulary, if there is one."""
-        frame = self.encode("")
-        half = (len(frame) + 1) // 2
-        begin, end = frame[:half], frame[half:]
+        begin, end = self.frame()
         if not end:
             special = {t.content: i for i, t in self._fast.get_added_tokens_decoder().items() if t.special}
             eos = _token_text(self._config.get("eos_token"))

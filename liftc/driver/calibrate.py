@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from liftc.errors import QuantizeError
+from liftc.errors import LiftcError, QuantizeError
 from liftc.program import Program, split_type
-from liftc.quant.calibration import cut_windows, read_text, spread_windows
+from liftc.quant.calibration import CalibrationRequest, collect_tokens, spread_windows
+from liftc.quant.sources import Document, documents
 from liftc.runtime.tokenizer import Tokenizer
 from liftc.spec import DTYPES
 
@@ -32,14 +33,12 @@ class CalibrationInputs:
     description: str
 
 
-def language_model_inputs(
-    program: Program, folder: Path, text: Path | None, windows: int, length: int, seed: int
-) -> CalibrationInputs:
-    """Windows of `length` tokens through the prefill graph; raises QuantizeError for too little text."""
-    if windows < 1 or length < 2:
-        raise QuantizeError(f"calibration needs at least 1 window of 2 tokens, got {windows} of {length}")
-    tokens = Tokenizer(folder).encode(read_text(text), special_tokens=False)
-    chosen = spread_windows(tokens, length, windows, seed)
+def language_model_inputs(program: Program, folder: Path, request: CalibrationRequest) -> CalibrationInputs:
+    """Token windows through the prefill graph; raises QuantizeError for sets that cannot be read or hold too
+    little text, LiftcError for a model without the chat template asked for."""
+    tokenizer = Tokenizer(folder)
+    length = request.length
+    chosen = _windows(tokenizer, request, length, tokenizer.document_marks())
     types = {n.name: str(n.meta["type"]) for n in program.graphs["prefill"].find_nodes(op="placeholder")}
 
     def scratch(name: str) -> torch.Tensor:
@@ -49,13 +48,11 @@ def language_model_inputs(
     shared = {"cache_position": torch.arange(length), "logit_positions": torch.tensor([length - 1])}
     return CalibrationInputs(
         "prefill", [{"input_ids": ids} for ids in chosen], shared, scratch, digest(chosen),
-        f"{len(chosen)} windows of {length} tokens of {text.name if text else 'the bundled web text'}",
+        request.describe(len(chosen)),
     )  # fmt: skip
 
 
-def encoder_inputs(
-    program: Program, folder: Path, text: Path | None, windows: int, length: int
-) -> CalibrationInputs:
+def encoder_inputs(program: Program, folder: Path, request: CalibrationRequest) -> CalibrationInputs:
     """Windows of text between the encoder's own begin and end tokens, through the forward graph."""
     names = [n.name for n in program.graphs["forward"].find_nodes(op="placeholder")]
     unknown = [name for name in names if name not in TEXT_INPUTS]
@@ -64,21 +61,56 @@ def encoder_inputs(
             f"this model takes the input {unknown[0]}, which text cannot fill; pass example_inputs"
         )
     tokenizer = Tokenizer(folder)
-    frame = tokenizer.encode("")
-    inner = length - len(frame)
+    before, after = tokenizer.frame()
+    length = request.length
+    inner = length - len(before) - len(after)
     if inner < 1:
         raise QuantizeError(f"calibration windows of {length} tokens leave no room for text")
-    cut = cut_windows(tokenizer.encode(read_text(text), special_tokens=False), inner, windows)
-    half = (len(frame) + 1) // 2
-    begin, end = torch.tensor([frame[:half]]), torch.tensor([frame[half:]])
-    ids = [torch.cat([begin.long(), window, end.long()], 1) for window in cut]
+    begin, end = torch.tensor([before]).long(), torch.tensor([after]).long()
+    ids = [torch.cat([begin, window, end], 1) for window in _windows(tokenizer, request, inner, ([], []))]
     fill = {"attention_mask": torch.ones(1, length, dtype=torch.int64),
             "token_type_ids": torch.zeros(1, length, dtype=torch.int64)}  # fmt: skip
     sequences = [{"input_ids": one, **{k: v for k, v in fill.items() if k in names}} for one in ids]
     return CalibrationInputs(
-        "forward", sequences, {}, _no_scratch, digest(ids),
-        f"{len(ids)} windows of {length} tokens of {text.name if text else 'the bundled web text'}",
+        "forward", sequences, {}, _no_scratch, digest(ids), request.describe(len(ids))
     )  # fmt: skip
+
+
+def _windows(
+    tokenizer: Tokenizer, request: CalibrationRequest, length: int, marks: tuple[list[int], list[int]]
+) -> list[torch.Tensor]:
+    """Windows of `length` tokens drawn from the documents asked for; `marks` go around whole documents."""
+    if request.chat_template and tokenizer.chat_template is None:
+        raise QuantizeError("this model has no chat template; drop --chat-template")
+
+    def encode(document: Document) -> list[int]:
+        messages = document.messages
+        if messages and not request.chat_template:
+            raise QuantizeError(
+                f"{document.where} holds messages; render them with --chat-template, or name a field of plain "
+                "text with --calibration-field"
+            )
+        if request.chat_wrap and not messages:
+            messages = ({"role": "user", "content": document.text},)
+        if messages:
+            try:
+                text = tokenizer.render(messages, add_generation_prompt=False)
+            except LiftcError as error:
+                raise QuantizeError(f"{document.where}: {error}") from error
+            return tokenizer.encode(text, special_tokens=False)
+        before, after = marks if document.whole else ([], [])
+        return [*before, *tokenizer.encode(document.text, special_tokens=False), *after]
+
+    found = documents(request.path, request.field, chat=request.chat_template, seed=request.seed)
+    try:
+        return spread_windows(
+            collect_tokens(found, encode, request.wanted), length, request.windows, request.seed
+        )
+    except QuantizeError as error:
+        said = str(error)
+        raise QuantizeError(
+            said if request.path is None or str(request.path) in said else f"{request.path}: {said}"
+        ) from error
 
 
 def example_module_inputs(program: Program, example_inputs: Sequence[torch.Tensor]) -> CalibrationInputs:

@@ -39,6 +39,7 @@ from liftc.passes.pipeline import after_quantize, before_quantize
 from liftc.plan import Plan, plan_program
 from liftc.program import Program
 from liftc.quant.blocks import BlockRunner
+from liftc.quant.calibration import CalibrationRequest, budget_windows
 from liftc.quant.mapping import load_mapping
 from liftc.quant.stream import Quantized, QuantizeOptions, StreamQuantizer
 from liftc.runtime.loader import FOLDED
@@ -60,7 +61,8 @@ class CompileOptions:
 
     bits: bits per weight of the signs, rounded to D/32 (2.4 unless `formats` gives one for all). formats:
     "LQ-D/d" for all linears or "REGEX=LQ-D/d" for the matching ones. targets: "llvm", "cuda". archs: "sm_89",
-    ... for cuda. cpu: "native" or an x86-64 level for llvm. effort: a key of EFFORTS, the beam width of the
+    ... for cuda. cpu: "native" or an x86-64 level for llvm. calibration_tokens: a budget that replaces
+    calibration_windows. effort: a key of EFFORTS, the beam width of the
     encoder unless `beam` states one.
     """
 
@@ -72,6 +74,10 @@ class CompileOptions:
     calibration: Path | None = None
     calibration_windows: int = 64
     calibration_length: int = 512
+    calibration_tokens: int | None = None
+    calibration_field: str | None = None
+    chat_template: bool = False
+    chat_wrap: bool = False
     effort: str = "balanced"
     beam: int | None = None
     damp: float = 0.01
@@ -232,17 +238,20 @@ def _calibrate(
     options: CompileOptions,
     example_inputs: Sequence[torch.Tensor] | None,
 ) -> CalibrationInputs:
-    windows, length = options.calibration_windows, options.calibration_length
+    budget, length = options.calibration_tokens, options.calibration_length
+    windows = options.calibration_windows if budget is None else budget_windows(budget, length)
+    request = CalibrationRequest(
+        options.calibration, options.calibration_field, options.chat_template, options.chat_wrap, windows, length,
+        options.seed,
+    )  # fmt: skip
     if captured.kind == "causal-lm":
         if captured.folder is None:
             raise QuantizeError("a live language model has no tokenizer; save it and compile the folder")
-        return language_model_inputs(
-            program, captured.folder, options.calibration, windows, length, options.seed
-        )
+        return language_model_inputs(program, captured.folder, request)
     if example_inputs is not None:
         return example_module_inputs(program, example_inputs)
     if captured.folder is not None:
-        return encoder_inputs(program, captured.folder, options.calibration, windows, length)
+        return encoder_inputs(program, captured.folder, request)
     raise QuantizeError("a module needs example_inputs: they trace it and calibrate it")
 
 
