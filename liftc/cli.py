@@ -44,8 +44,8 @@ def _eval(a: argparse.Namespace) -> Answer:
     from liftc.driver.evaluate import evaluate_artifact
 
     return evaluate_artifact(
-        a.artifact, a.text, reference=a.reference, context=a.ctx, windows=a.windows, device=a.device,
-        dtype=a.dtype, progress=not a.quiet,
+        a.artifact, a.text, reference=a.reference, context=a.ctx, windows=a.windows, layers=a.layers,
+        device=a.device, dtype=a.dtype, progress=not a.quiet,
     )  # fmt: skip
 
 
@@ -136,7 +136,8 @@ def build_parser() -> argparse.ArgumentParser:
     e = _command(commands, "eval", _eval, "perplexity, KL divergence and top-1 agreement on a text file")
     e.add_argument("artifact", type=Path, help="artifact folder, or a model folder to evaluate unquantized")
     e.add_argument("--reference", type=Path, help="the original model folder")
-    e.add_argument("--text", type=Path, required=True)
+    e.add_argument("--text", type=Path, action="append", required=True, help="UTF-8 text; repeatable")
+    e.add_argument("--layers", action="store_true", help="also the error of every decoder block")
     e.add_argument("--ctx", type=int, default=2048, help="tokens per window (default 2048)")
     e.add_argument("--windows", type=int, help="windows from the start of the text (default: all)")
     e.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="dtype of model folders")
