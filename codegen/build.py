@@ -12,13 +12,14 @@ import platform
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from liftc.codegen import fatbin, library, toolchain
-from liftc.codegen.knobs import CPU_KNOBS, CpuKnobs, CudaKnobs
+from liftc.codegen.knobs import CPU_KNOBS, TENSOR_CORE_KNOBS, CpuKnobs, CudaKnobs, chip_family
 from liftc.errors import BuildError
 from liftc.kernel_object import CPU_FEATURES, TARGETS, KernelObject, cpu_features, file_sha256, machine_flags
 
@@ -136,16 +137,22 @@ def _build_cuda(archs: Sequence[str], knobs: CudaKnobs, scratch: Path, folder: P
     nvcc = toolchain.find_nvcc()
     chosen = toolchain.check_archs(archs, nvcc)
     compiler = toolchain.find_c_compiler(cplusplus=True)
-    templates = list(library.cuda_templates(knobs))
-    (scratch / "kernels.cu").write_text(cuda_source(templates))
-    (scratch / "exports.map").write_text(_EXPORTS)
+    units = library.cuda_units(chosen, knobs)
     ptx = f"compute_{toolchain.arch_number(chosen[-1])}"
-    toolchain.run_compiler(
-        [str(nvcc.path), *nvcc_flags(chosen, ptx), "-w", "kernels.cu", "-o", "kernels.so"],
-        scratch,
-        "CUDA kernels",
-    )
-    _check_device_code((scratch / "kernels.so").read_bytes(), chosen, ptx, templates)
+    objects = [f"{unit.name}.o" for unit in units]
+    for unit in units:
+        templates = unit.templates
+        source = tirx_source if unit.tirx else cuda_source
+        (scratch / f"{unit.name}.cu").write_text(source(templates))
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda unit: _compile_unit(nvcc, unit, ptx, scratch), units))
+    (scratch / "exports.map").write_text(_EXPORTS)
+    command = [str(nvcc.path), *link_flags(), *objects, "-o", "kernels.so", *_library_flags()]
+    toolchain.run_compiler(command, scratch, "CUDA kernels")
+    _check_device_code((scratch / "kernels.so").read_bytes(), ptx, units)
+    families = {
+        f: [k.describe() for k in TENSOR_CORE_KNOBS[f]] for f in dict.fromkeys(map(chip_family, chosen))
+    }
     return KernelObject(
         path=folder / f"cuda-{'-'.join(chosen)}.so",
         target="cuda",
@@ -154,48 +161,84 @@ def _build_cuda(archs: Sequence[str], knobs: CudaKnobs, scratch: Path, folder: P
         features=(),
         toolchain=f"apache-tvm {version('apache-tvm')}, {nvcc.describe()}, {compiler.describe()}",
         kernel_version=library.KERNEL_VERSION,
-        knobs=knobs.describe(),
-        functions=tuple(t.function for t in templates),
+        knobs=(*knobs.describe(), *(f"{f}: {' '.join(k)}" for f, all_k in families.items() for k in all_k)),
+        functions=tuple(t.function for unit in units for t in unit.templates),
         sha256=file_sha256(scratch / "kernels.so"),
     )
 
 
+def _compile_unit(nvcc: toolchain.Tool, unit: library.Unit, ptx: str, scratch: Path) -> None:
+    """One source to one host object. Each has its own library context, a name the loader sets in the first."""
+    kept = ptx if unit.archs[-1].rstrip("a") == ptx.replace("compute_", "sm_") else ""
+    command = [
+        str(nvcc.path),
+        *compile_flags(unit.archs, kept),
+        "-w",
+        "-c",
+        f"{unit.name}.cu",
+        "-o",
+        f"{unit.name}.o",
+    ]
+    if unit.tirx:
+        command.append(f"-D__tvm_ffi__library_ctx=liftc_context_{unit.name}")
+    toolchain.run_compiler(command, scratch, "CUDA kernels")
+
+
 def cuda_source(templates: Sequence[library.KernelTemplate]) -> str:
-    """One CUDA C++ file with the device kernels and their tvm_ffi host wrappers."""
+    """One CUDA C++ file of scheduled kernels and their tvm_ffi host wrappers."""
+    return _source(templates, "default")
+
+
+def tirx_source(templates: Sequence[library.KernelTemplate]) -> str:
+    """One CUDA C++ file of hand-written TIRx kernels and their tvm_ffi host wrappers."""
+    return _source(templates, "tirx")
+
+
+def _source(templates: Sequence[library.KernelTemplate], pipeline: str) -> str:
     tvm = _import_tvm()
     target = tvm.target.Target({"kind": "cuda", "arch": f"sm_{toolchain.OLDEST_SM}"}, host="cuda_host")
+    module = tvm.IRModule({t.function.symbol: t.make() for t in templates})
     with _source_only(), target:
-        module = tvm.tirx.build(tvm.IRModule({t.function.symbol: t.make() for t in templates}), target=target)
-    return str(tvm.backend.cuda.export_cuda_host(module))
+        built = tvm.tirx.build(module, target=target, pipeline=pipeline)
+    return str(tvm.backend.cuda.export_cuda_host(built))
 
 
-def nvcc_flags(archs: Sequence[str], ptx: str) -> list[str]:
-    """Flags that turn the source into a shared object with machine code for `archs` and PTX `ptx`."""
+def compile_flags(archs: Sequence[str], ptx: str) -> list[str]:
+    """Flags that turn a source into an object with machine code for `archs` and PTX `ptx` ("" for none)."""
     import tvm_ffi.libinfo
 
-    flags = ["-shared", "-O3", "-std=c++17", "-Xcompiler=-fPIC", "-cudart=static", "--threads=2"]
+    flags = ["-O3", "-std=c++17", "-Xcompiler=-fPIC"]
     flags += [f"-I{path}" for path in tvm_ffi.libinfo.include_paths()]
     for arch in archs:
-        compute = arch.replace("sm_", "compute_")
-        flags += ["-gencode", f"arch={compute},code={arch}"]
-    flags += ["-gencode", f"arch={ptx},code={ptx}"]
-    flags += [f"-Xlinker={flag.removeprefix('-Wl,')}" for flag in _LINK_FLAGS]
-    return [*flags, f"-L{Path(tvm_ffi.libinfo.find_libtvm_ffi()).parent}", "-ltvm_ffi"]
+        flags += ["-gencode", f"arch={arch.replace('sm_', 'compute_')},code={arch}"]
+    if ptx:
+        flags += ["-gencode", f"arch={ptx},code={ptx}"]
+    return flags
 
 
-def _check_device_code(
-    data: bytes, archs: Sequence[str], ptx: str, templates: Sequence[library.KernelTemplate]
-) -> None:
-    """BuildError unless every kernel has machine code for every architecture (never a source-only object)."""
+def link_flags() -> list[str]:
+    """Flags that make the objects one shared object."""
+    return ["-shared", "-cudart=static", *(f"-Xlinker={flag.removeprefix('-Wl,')}" for flag in _LINK_FLAGS)]
+
+
+def _library_flags() -> list[str]:
+    import tvm_ffi.libinfo
+
+    return [f"-L{Path(tvm_ffi.libinfo.find_libtvm_ffi()).parent}", "-ltvm_ffi"]
+
+
+def _check_device_code(data: bytes, ptx: str, units: Sequence[library.Unit]) -> None:
+    """BuildError unless every kernel has machine code for its architectures (never a source-only object)."""
     codes = list(fatbin.device_code(data))
-    for arch in archs:
-        machine = b"".join(c.payload for c in codes if c.kind == "machine code" and c.arch == arch)
-        for template in templates:
-            if f".text.{template.function.symbol}_kernel".encode() not in machine:
-                raise BuildError(
-                    f"CUDA kernels: the object nvcc made has no machine code of {template.function.symbol} "
-                    f"for {arch}; report this with the nvcc version"
-                )
+    for unit in units:
+        for arch in unit.archs:
+            machine = b"".join(c.payload for c in codes if c.kind == "machine code" and c.arch == arch)
+            for template in unit.templates:
+                if f".text.{template.function.symbol}_kernel".encode() not in machine:
+                    raise BuildError(
+                        f"CUDA kernels: the object nvcc made has no machine code of {template.function.symbol} "
+                        f"for {arch}; report this with the nvcc version"
+                    )
     if not any(c.kind == "ptx" and c.arch == ptx.replace("compute_", "sm_") for c in codes):
         raise BuildError(
             f"CUDA kernels: the object nvcc made has no PTX {ptx}; report this with the nvcc version"

@@ -40,9 +40,84 @@ class CudaKnobs:
         return tuple(f"{name}={value}" for name, value in asdict(self).items())
 
 
+@dataclass(frozen=True)
+class TensorCoreKnobs:
+    """Choices of the tensor-core sign_matmul (codegen/tensorcore_sign.py).
+
+    tokens: the most tokens of a call. warps: of a block. ring: tiles (or pairs) a warp has in flight, one more
+    than it waits for. row_blocks: blocks of 16 rows, 1 or 2, that share one load of z. sets: accumulator sets per
+    16 rows and 4 tokens, 1, 2, 4 or 8 (fewer: fewer registers, more shifts). chunk_blocks: blocks of 256 columns
+    whose z is in shared memory at a time. block_rows: most blocks of 16 rows of one block. loads: 16-byte
+    loads of z a lane has in flight. prefetch_tiles: tiles per warp asked into L2 behind the ring. dependent_launch:
+    start while the kernel before still runs (sm_90 on). pad_bytes: unused shared memory, to keep blocks apart.
+    """
+
+    tokens: int = 1
+    warps: int = 16
+    ring: int = 8
+    row_blocks: int = 1
+    sets: int = 8
+    chunk_blocks: int = 80
+    block_rows: int = 32
+    loads: int = 4
+    prefetch_tiles: int = 0
+    dependent_launch: bool = False
+    pad_bytes: int = 0
+
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a block."""
+        planes = self.chunk_blocks * self.tokens * 512
+        ring = self.warps * self.ring * self.row_blocks * 512
+        sums = -(-self.tokens * (self.block_rows * 16 + 8) * 4 // 16) * 16
+        return planes + ring + sums + -(-self.tokens * 4 // 16) * 16 + self.pad_bytes
+
+    def describe(self) -> tuple[str, ...]:
+        """One text "name=value" per knob."""
+        return tuple(f"{name}={value}" for name, value in asdict(self).items())
+
+
 CPU_KNOBS: dict[str, CpuKnobs] = {
     "x86-64-v2": CpuKnobs(pair_lanes=4, lift_rows=4, lift_lanes=8),
     "x86-64-v3": CpuKnobs(pair_lanes=8),
     "x86-64-v4": CpuKnobs(),
 }
 """Measured choices per CPU level (docs/kernels.md)."""
+
+SHARED_BYTES = {"ampere": 163 << 10, "ada": 99 << 10, "hopper": 227 << 10, "blackwell": 99 << 10}
+"""Most shared memory of a block, by family of chips."""
+
+TENSOR_CORE_KNOBS: dict[str, tuple[TensorCoreKnobs, ...]] = {
+    "ampere": (
+        TensorCoreKnobs(1, ring=14, chunk_blocks=80),
+        TensorCoreKnobs(4, ring=8, chunk_blocks=40),
+        TensorCoreKnobs(8, ring=8, chunk_blocks=18, sets=4),
+        TensorCoreKnobs(16, warps=8, ring=6, chunk_blocks=12, sets=4),
+    ),
+    "ada": (
+        TensorCoreKnobs(1, ring=6, chunk_blocks=80, block_rows=40),
+        TensorCoreKnobs(4, ring=5, chunk_blocks=24),
+        TensorCoreKnobs(8, ring=4, chunk_blocks=12, sets=4),
+        TensorCoreKnobs(16, warps=8, ring=4, chunk_blocks=6, block_rows=24, sets=4),
+    ),
+    "hopper": (
+        TensorCoreKnobs(1, ring=20, chunk_blocks=80, dependent_launch=True),
+        TensorCoreKnobs(4, ring=12, chunk_blocks=48, dependent_launch=True),
+        TensorCoreKnobs(8, ring=8, chunk_blocks=32, sets=4, dependent_launch=True),
+        TensorCoreKnobs(16, warps=8, ring=6, chunk_blocks=16, sets=4, dependent_launch=True),
+    ),
+    "blackwell": (
+        TensorCoreKnobs(1, ring=6, chunk_blocks=80, block_rows=40, dependent_launch=True),
+        TensorCoreKnobs(4, ring=5, chunk_blocks=24, dependent_launch=True),
+        TensorCoreKnobs(8, ring=4, chunk_blocks=12, sets=4, dependent_launch=True),
+        TensorCoreKnobs(16, warps=8, ring=4, chunk_blocks=6, block_rows=24, sets=4, dependent_launch=True),
+    ),
+}
+"""Choices per family, fewest tokens first."""
+
+
+def chip_family(arch: str) -> str:
+    """Which knobs an architecture ("sm_90a") gets: by its shared memory, and dependent launch from sm_90 on."""
+    number = int(arch.removeprefix("sm_").rstrip("a"))
+    if number < 90:
+        return "ampere" if number in (80, 87) else "ada"
+    return "hopper" if number < 120 else "blackwell"

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from liftc.codegen.knobs import CpuKnobs, CudaKnobs
+from liftc.codegen.knobs import TENSOR_CORE_KNOBS, CpuKnobs, CudaKnobs, TensorCoreKnobs, chip_family
 from liftc.kernel_object import KernelFunction
 
-KERNEL_VERSION = 1
+KERNEL_VERSION = 2
 """Raised when any kernel changes its results, arguments or layout."""
 
 TIR_DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
@@ -27,6 +27,16 @@ class KernelTemplate:
 
     function: KernelFunction
     make: Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One CUDA source: kernels compiled for the same architectures. tirx: hand-written, else scheduled TensorIR."""
+
+    name: str
+    archs: tuple[str, ...]
+    templates: tuple[KernelTemplate, ...]
+    tirx: bool
 
 
 def cpu_templates(knobs: CpuKnobs) -> Iterator[KernelTemplate]:
@@ -65,3 +75,45 @@ def cuda_templates(knobs: CudaKnobs) -> Iterator[KernelTemplate]:
         ):
             symbol = f"{op}_{short}"
             yield KernelTemplate(KernelFunction(symbol, op, short), partial(schedule, symbol, dtype, knobs))
+    yield from tile_templates()
+
+
+def tile_templates() -> Iterator[KernelTemplate]:
+    """Kernels that write and read the tile layout, for every architecture; imports TVM."""
+    from liftc.codegen import tir_tiles
+
+    yield KernelTemplate(
+        KernelFunction("tile_signs", "tile_signs", "i32"), partial(tir_tiles.tile_signs, "tile_signs")
+    )
+    for short, dtype in TIR_DTYPES.items():
+        symbol = f"unpack_tiles_{short}"
+        yield KernelTemplate(
+            KernelFunction(symbol, "unpack_tiles", short), partial(tir_tiles.unpack_tiles, symbol, dtype)
+        )
+
+
+def tensor_core_templates(
+    name: str, archs: tuple[str, ...], choices: tuple[TensorCoreKnobs, ...]
+) -> Iterator[KernelTemplate]:
+    """The tensor-core sign_matmul of one family of chips, fewest tokens first; imports TVM."""
+    from liftc.codegen import tensorcore_sign
+
+    for knobs in choices:
+        symbol = f"sign_matmul_tiled_{name}_{knobs.tokens}"
+        function = KernelFunction(
+            symbol, "sign_matmul_tiled", "", max_tokens=knobs.tokens, shared_bytes=knobs.shared_bytes(),
+            archs=",".join(archs), block_rows=knobs.block_rows,
+        )  # fmt: skip
+        yield KernelTemplate(function, partial(tensorcore_sign.sign_matmul_tiled, symbol, knobs))
+
+
+def cuda_units(archs: tuple[str, ...], knobs: CudaKnobs) -> tuple[Unit, ...]:
+    """Every source of an object for these architectures (rising order); imports TVM."""
+    units = [Unit("plain", archs, tuple(cuda_templates(knobs)), False)]
+    families: dict[str, list[str]] = {}
+    for arch in archs:
+        families.setdefault(chip_family(arch), []).append(arch)
+    for family, members in families.items():
+        templates = tensor_core_templates(family, tuple(members), TENSOR_CORE_KNOBS[family])
+        units.append(Unit(family, tuple(members), tuple(templates), True))
+    return tuple(units)

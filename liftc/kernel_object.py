@@ -25,17 +25,21 @@ CPU_FEATURES: dict[str, tuple[str, ...]] = {
 }
 """CPU flags (names of /proc/cpuinfo) that each psABI level adds to the one before it."""
 
+_LATER_FIELDS = ("shared_bytes", "archs", "block_rows")  # absent in descriptors of older builds
+
 _ARCH = re.compile(r"sm_\d{2,3}a?")
 
 
 @dataclass(frozen=True)
 class KernelFunction:
     """One exported function. `symbol` is its name in the object, `op` the work it does, `dtype` the floating
-    type it is made for (a key of liftc.spec.DTYPES).
+    type it is made for (a key of liftc.spec.DTYPES; "" where the type is chosen at run time).
 
     `version` is raised when results or arguments change. Several functions may serve one op and dtype; the
     runtime takes the first whose limits hold: tokens at most `max_tokens` (0: no limit), and tokens,
     out_features and lifted_features multiples of `token_multiple`, `row_multiple` and `column_multiple`.
+    CUDA: `shared_bytes` is the shared memory its launch asks for, `archs` the architectures it is compiled for,
+    separated by commas ("": all of the object), `block_rows` the row blocks one thread block takes at most.
     """
 
     symbol: str
@@ -46,6 +50,9 @@ class KernelFunction:
     token_multiple: int = 1
     row_multiple: int = 1
     column_multiple: int = 1
+    shared_bytes: int = 0
+    archs: str = ""
+    block_rows: int = 0
 
     def accepts(self, tokens: int, out_features: int, lifted_features: int) -> bool:
         """Whether this function computes a call of these sizes."""
@@ -163,9 +170,11 @@ def _from_record(record: Any, path: Path) -> KernelObject:
 
 
 def _function(record: Any) -> KernelFunction:
+    if isinstance(record, dict):
+        record = {f.name: f.default for f in fields(KernelFunction) if f.name in _LATER_FIELDS} | record
     values = _exactly(record, {f.name for f in fields(KernelFunction)})
     for name, value in values.items():
-        if type(value) is not (str if name in ("symbol", "op", "dtype") else int):
+        if type(value) is not (str if name in ("symbol", "op", "dtype", "archs") else int):
             raise ValueError(f"{name} of a function is {value!r}")
     return KernelFunction(**values)
 

@@ -29,8 +29,8 @@ class Kernels:
     library: Any
 
     def of(self, op: str) -> list[KernelFunction]:
-        """Functions that serve `op`, in the order of preference."""
-        return [f for f in self.object.functions if f.op == op]
+        """Functions that serve `op` on this device, in the order of preference."""
+        return [f for f in self.object.functions if f.op == op and f.symbol in self.functions]
 
     def set_num_threads(self, count: int) -> int:
         """Threads of every later CPU kernel of this object, 1 to 256; returns the number in force."""
@@ -70,7 +70,10 @@ def load_kernels(path: Path, device: torch.device) -> Kernels:
     absent = [f.symbol for f in kernel_object.functions if not module.implements_function(f.symbol)]
     if absent:
         raise ArtifactError(f"kernels: {path} lacks {absent[0]}, which its descriptor names; compile again")
-    functions = {f.symbol: module.get_function(f.symbol) for f in kernel_object.functions}
+    usable = kernel_object.functions
+    if device.type == "cuda":
+        usable = tuple(f for f in usable if launchable(f, kernel_object, device))
+    functions = {f.symbol: module.get_function(f.symbol) for f in usable}
     kernels = Kernels(kernel_object, device.type, functions, library)
     if device.type == "cpu":
         library.liftc_use_openmp(1)
@@ -84,12 +87,29 @@ def runs_on(kernel_object: KernelObject, capability: tuple[int, int]) -> bool:
     Machine code of sm_XY runs on the same X with a minor number of at least Y; with the letter a on exactly
     XY; PTX runs on everything from its own number on.
     """
+    return _covers(kernel_object.archs, kernel_object.ptx, capability)
+
+
+def launchable(function: KernelFunction, kernel_object: KernelObject, device: torch.device) -> bool:
+    """Whether a function of a CUDA object has code for the GPU and fits the shared memory of its blocks."""
+    properties: Any = torch.cuda.get_device_properties(device)
+    if function.shared_bytes > properties.shared_memory_per_block_optin:
+        return False
+    if not function.archs:
+        return True
+    archs = tuple(function.archs.split(","))
+    kept = kernel_object.ptx.replace("compute_", "sm_")
+    ptx = kernel_object.ptx if kept and kept == archs[-1].rstrip("a") else ""
+    return _covers(archs, ptx, (properties.major, properties.minor))
+
+
+def _covers(archs: tuple[str, ...], ptx: str, capability: tuple[int, int]) -> bool:
     number = 10 * capability[0] + capability[1]
-    for arch in kernel_object.archs:
+    for arch in archs:
         built, exact = int(arch[3:].rstrip("a")), arch.endswith("a")
         if built == number or (not exact and built // 10 == capability[0] and built <= number):
             return True
-    return bool(kernel_object.ptx) and int(kernel_object.ptx.removeprefix("compute_")) <= number
+    return bool(ptx) and int(ptx.removeprefix("compute_")) <= number
 
 
 def _check_cpu(kernel_object: KernelObject) -> None:

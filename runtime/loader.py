@@ -6,18 +6,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.fx import Graph, Node
 
-import liftc.ir  # noqa: F401  defines the liftc:: ops
-from liftc import reference
+from liftc import ir, reference
 from liftc.artifact import read_json, read_manifest
 from liftc.checkpoint import SafetensorsCheckpoint
 from liftc.errors import ArtifactError, LiftcError, TargetError
 from liftc.graphjson import graph_from_json
+from liftc.packing import packed_rows
 from liftc.runtime.kernels import load_kernels
 from liftc.runtime.module import CausalLM, GraphModel
 from liftc.runtime.ops import register
+from liftc.runtime.tiles import TiledSigns
 
 FOLDED = "graph/folded.json"
+PACKED_ARGUMENT: dict[Any, int] = {ir.sign_matmul: 2, ir.lifted_linear: 4}
+"""Where an op takes packed signs; their output_scale follows."""
+
 DEVICE_OF_TARGET = {"llvm": "cpu", "cuda": "cuda"}
 
 
@@ -36,7 +41,9 @@ def load(path: str | Path, device: str | torch.device | None = None, *, check: b
     graphs = {Path(name).stem: graph_from_json(read_json(folder / name)) for name in names}
     tensors = _tensors(folder, place)
     tensors.update(_folded(folder, tensors))
-    register(kernels)
+    ops = register(kernels)
+    if place.type == "cuda" and ops.tiles.available:
+        _tile_signs(graphs, tensors, ops.tiles)
     if manifest.get("kind") == "causal-lm":
         return CausalLM(graphs, tensors, read_json(folder / "config.json"), place)
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
@@ -83,6 +90,29 @@ def _tensors(folder: Path, place: torch.device) -> dict[str, torch.Tensor]:
             tensor.to(place, torch.float32) if name.endswith(".output_scale") else tensor.to(place)
         )
     return tensors
+
+
+def _tile_signs(graphs: dict[str, Graph], tensors: dict[str, torch.Tensor], tiles: TiledSigns) -> None:
+    """Replace the packed signs that only lift ops read by their tiles, one after the other, in place."""
+    scales: dict[str, str] = {}
+    others: set[str] = set()
+    for graph in graphs.values():
+        for node in graph.nodes:
+            if node.op != "get_attr":
+                continue
+            for user in node.users:
+                place = PACKED_ARGUMENT.get(user.target)
+                scale = user.args[place + 1] if place is not None and user.args[place] is node else None
+                if isinstance(scale, Node) and scale.op == "get_attr" and user.args.count(node) == 1:
+                    scales[str(node.target)] = str(scale.target)
+                else:
+                    others.add(str(node.target))
+    for name, scale_name in scales.items():
+        packed, rows = tensors.get(name), tensors[scale_name].shape[0] if scale_name in tensors else 0
+        if packed is None or name in others or packed.dim() != 2 or not rows:
+            continue
+        if tiles.accepts(rows, packed.shape[1]) and packed.shape[0] == packed_rows(rows):
+            tensors[name] = tiles.from_packed(packed, rows)
 
 
 def _folded(folder: Path, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -18,6 +18,7 @@ from liftc.errors import LiftcError
 from liftc.kernel_object import KernelFunction
 from liftc.packing import packed_rows
 from liftc.runtime.kernels import Kernels
+from liftc.runtime.tiles import TiledSigns
 from liftc.spec import DTYPE_NAMES
 
 WEIGHT_FIRST_TOKENS = {"cpu": 256, "cuda": 32}
@@ -34,11 +35,12 @@ _REFUSALS = (TypeError, ValueError, RuntimeError)
 Tensor = torch.Tensor
 
 
-def register(kernels: Kernels) -> None:
+def register(kernels: Kernels) -> Ops:
     """Use `kernels` for liftc.lift, sign_matmul and lifted_linear on their device type."""
     ops = Ops(kernels)
     for name in ("lift", "sign_matmul", "lifted_linear"):
         ir.register_kernel(name, kernels.device_type, getattr(ops, name))
+    return ops
 
 
 class Ops:
@@ -49,6 +51,7 @@ class Ops:
         self._lift = _by_dtype(kernels, "lift")
         self._sign_matmul = _by_dtype(kernels, "sign_matmul")
         self._unpack = {dtype: table[0][1] for dtype, table in _by_dtype(kernels, "unpack_signs").items()}
+        self.tiles = TiledSigns(kernels)
         self._ones: dict[tuple[torch.device, int], Tensor] = {}
         self._plan = lru_cache(maxsize=4096)(self._make_plan)
 
@@ -99,7 +102,12 @@ class Ops:
     def sign_matmul(
         self, z: Tensor, z_scale: Tensor, packed: Tensor, output_scale: Tensor, dtype: torch.dtype
     ) -> Tensor:
-        """z int16 (..., K), z_scale f32 (..., 1), packed i32 (G, K), output_scale f32 (OC,) -> (..., OC)."""
+        """z int16 (..., K), z_scale f32 (..., 1), packed i32 (G, K), output_scale f32 (OC,) -> (..., OC).
+
+        `packed` may be in tile form (runtime/tiles.py), four axes instead of two.
+        """
+        if packed.dim() == 4:
+            return self.tiles.sign_matmul(z, z_scale, packed, output_scale, dtype)
         if not (packed.dim() == 2 and output_scale.dim() == 1 and z.dim()):
             raise _sign_mistake(z, z_scale, packed, output_scale, dtype)
         shape, rows = list(z.shape), output_scale.shape[0]
@@ -151,7 +159,10 @@ class Ops:
         t1, (t2, lifted), rows = left.shape[0], right.shape, output_scale.shape[0]
         if features > t1 * t2 or left.dtype != torch.float32 or right.dtype != torch.float32:
             raise _lift_mistake(x, activation_scale, left, right)
-        if packed.dtype != torch.int32 or packed.shape != (packed_rows(rows), t1 * lifted):
+        tiled = packed.dim() == 4
+        if tiled:
+            self.tiles.check(packed, rows, t1 * lifted)
+        elif packed.dtype != torch.int32 or packed.shape != (packed_rows(rows), t1 * lifted):
             need = f"i32[{packed_rows(rows)},{t1 * lifted}]"
             raise LiftcError(f"liftc.lifted_linear: packed is {_text(packed)}, {rows} outputs need {need}")
         scaled = x.reshape(tokens, features).float()
@@ -168,7 +179,10 @@ class Ops:
         for begin in range(0, rows, step):
             end = min(begin + step, rows)
             signs = torch.empty((end - begin, t1 * lifted), dtype=torch.float32, device=x.device)
-            unpack(packed[begin // 32 : (end + 31) // 32], signs)
+            if tiled:
+                self.tiles.unpack(packed[begin // 16 : (end + 15) // 16], signs)
+            else:
+                unpack(packed[begin // 32 : (end + 31) // 32], signs)
             half = torch.matmul(signs.view(-1, lifted), right.t()).view(end - begin, t1 * t2)
             del signs
             y[:, begin:end] = torch.matmul(mixed, half.t()) * output_scale[begin:end]

@@ -46,37 +46,39 @@ inline void enter() {
   fibers[current].done = true;
   swapcontext(&fibers[current].context, &scheduler);
 }
-inline void run(Index3 grid, Index3 threads, std::function<void()> kernel) {
+inline void run_one(Index3 where, Index3 threads, std::function<void()> kernel) {
   body = kernel;
   int count = threads.x * threads.y;
-  for (int b = 0; b < grid.x * grid.y * grid.z; ++b) {
-    fibers.assign(count, Fiber());
-    warps.assign((count + 31) / 32, Meeting());
-    all = Meeting();
-    all.size = count;
+  fibers.assign(count, Fiber());
+  warps.assign((count + 31) / 32, Meeting());
+  all = Meeting();
+  all.size = count;
+  for (int t = 0; t < count; ++t) {
+    Fiber& fiber = fibers[t];
+    ++warps[t / 32].size;
+    fiber.index = {t % threads.x, t / threads.x, 0};
+    fiber.done = false;
+    fiber.stack.resize(1 << 15);
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.data();
+    fiber.context.uc_stack.ss_size = fiber.stack.size();
+    makecontext(&fiber.context, enter, 0);
+  }
+  blockIdx = where;
+  for (bool left = true; left;) {
+    left = false;
     for (int t = 0; t < count; ++t) {
-      Fiber& fiber = fibers[t];
-      ++warps[t / 32].size;
-      fiber.index = {t % threads.x, t / threads.x, 0};
-      fiber.done = false;
-      fiber.stack.resize(1 << 15);
-      getcontext(&fiber.context);
-      fiber.context.uc_stack.ss_sp = fiber.stack.data();
-      fiber.context.uc_stack.ss_size = fiber.stack.size();
-      makecontext(&fiber.context, enter, 0);
-    }
-    blockIdx = {b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y};
-    for (bool left = true; left;) {
-      left = false;
-      for (int t = 0; t < count; ++t) {
-        if (fibers[t].done) continue;
-        left = true;
-        current = t;
-        threadIdx = fibers[t].index;
-        swapcontext(&scheduler, &fibers[t].context);
-      }
+      if (fibers[t].done) continue;
+      left = true;
+      current = t;
+      threadIdx = fibers[t].index;
+      swapcontext(&scheduler, &fibers[t].context);
     }
   }
+}
+inline void run(Index3 grid, Index3 threads, std::function<void()> kernel) {
+  for (int b = 0; b < grid.x * grid.y * grid.z; ++b)
+    run_one({b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y}, threads, kernel);
 }
 }  // namespace block
 

@@ -1,0 +1,78 @@
+"""Small device functions of the tensor-core kernels, for what TIRx cannot say: preprocessor guards, packed bytes,
+loads that bypass the non-coherent cache, and stores whose type is chosen at run time."""
+
+DEPENDENT_LAUNCH = r"""
+__device__ __forceinline__ void liftc_dependent_launch() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;\n\tgriddepcontrol.wait;" ::: "memory");
+#endif
+}
+"""
+"""Lets the next kernel start, then waits until everything the kernels before wrote is visible."""
+
+PREFETCH = r"""
+__device__ __forceinline__ void liftc_prefetch(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" :: "l"(address));
+}
+"""
+
+LOAD_Z = r"""
+__device__ __forceinline__ void liftc_load_z(const void* row, int column, int columns, void* out) {
+  const short* from = static_cast<const short*>(row) + column;
+  unsigned* v = static_cast<unsigned*>(out);
+  if (columns % 8 == 0) {
+    if (column < columns)
+      asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];"
+                   : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "l"(from));
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      unsigned short one = 0;
+      if (column + i < columns) asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(one) : "l"(from + i));
+      v[i / 2] |= static_cast<unsigned>(one) << (i % 2 * 16);
+    }
+  }
+}
+"""
+"""Eight values of z from `column` on into four zeroed words; those past the last column stay zero."""
+
+STORE_PLANES = r"""
+__device__ __forceinline__ int liftc_store_planes(unsigned a, unsigned b, unsigned c, unsigned d, void* out) {
+  unsigned w[4] = {a, b, c, d};
+#pragma unroll
+  for (int i = 0; i < 4; ++i)  // z + 128 in both halves, no carry between them
+    w[i] = ((w[i] & 0x7fff7fffu) + 0x00800080u) ^ (w[i] & 0x80008000u);
+  const unsigned h0 = __byte_perm(w[0], w[1], 0x7531), h1 = __byte_perm(w[2], w[3], 0x7531);
+  const unsigned l0 = __byte_perm(w[0], w[1], 0x6420) ^ 0x80808080u;
+  const unsigned l1 = __byte_perm(w[2], w[3], 0x6420) ^ 0x80808080u;
+  uint2* to = static_cast<uint2*>(out);
+  to[0] = make_uint2(h0, h1);
+  to[8] = make_uint2(l0, l1);
+  const int high = __dp4a(static_cast<int>(h0), 0x01010101, __dp4a(static_cast<int>(h1), 0x01010101, 0));
+  const int low = __dp4a(static_cast<int>(l0), 0x01010101, __dp4a(static_cast<int>(l1), 0x01010101, 0));
+  return high * 256 + low;
+}
+"""
+"""Eight values of z become bytes of the two planes (low plane 64 bytes after the high one); returns their sum."""
+
+WARP_ADD = r"""
+__device__ __forceinline__ void liftc_warp_add(void* total, int value, int lane) {
+  const int sum = __reduce_add_sync(0xffffffffu, value);
+  if (lane == 0) atomicAdd(static_cast<int*>(total), sum);
+}
+"""
+
+STORE_Y = r"""
+#include <cuda_fp16.h>
+#include <cuda_bf16.h>
+__device__ __forceinline__ void liftc_store_y(void* y, long long at, int kind, int set, int all,
+                                              const void* z_scale, float scale) {
+  float token_scale;
+  asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(token_scale) : "l"(z_scale));
+  const int sum = static_cast<int>(2u * static_cast<unsigned>(set) - static_cast<unsigned>(all));
+  const float value = __fmul_rn(__fmul_rn(__int2float_rn(sum), token_scale), scale);
+  if (kind == 0) static_cast<float*>(y)[at] = value;
+  else if (kind == 1) static_cast<__half*>(y)[at] = __float2half_rn(value);
+  else static_cast<__nv_bfloat16*>(y)[at] = __float2bfloat16_rn(value);
+}
+"""

@@ -1,0 +1,285 @@
+# mypy: disable-error-code="misc, untyped-decorator, no-untyped-def, used-before-def"
+# ruff: noqa: F823, F841, B007  (TIRx inline functions share the scope of their caller)
+"""sign_matmul on integer tensor cores for up to 16 tokens: the TIRx template behind `sign_matmul_tiled`.
+
+Arithmetic. z = 256 h + l with h = floor((z + 128) / 256) and l in [-128, 127], two signed bytes, are two columns
+of `mma.m16n8k32` (unsigned signs times signed z, exact int32). A word of signs needs no decoding: masked with
+0x01010101 << j it is an operand whose entries are 0 or 2^j, so every bit position j (knob `sets` of them, the
+others shifted down first) adds into accumulators of its own, which are shifted back once per run of tiles.
+The signs' sum is 2 p - sum z, p the sum of z over set bits; all int32 arithmetic is modulo 2^32 and the true
+value fits, so results do not depend on tiles, warps or blocks.
+
+Blocks. Block x of `grid` owns consecutive row blocks of 16 rows and all columns. The columns are cut into chunks
+whose planes of z fit shared memory; in a chunk the warps share the block's tiles evenly, each streaming through a
+ring of its own, which runs on across chunks. Nothing before the dependent-launch wait reads anything but signs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm.script import tirx as T
+
+from liftc.codegen import tensorcore_device as device
+from liftc.codegen.knobs import TensorCoreKnobs
+
+MMA = "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32"
+LOAD4 = "ld.shared.v4.u32"
+TILE_WORDS = 128  # 16 rows x 256 columns
+TILE_BYTES = 512
+
+
+def sign_matmul_tiled(symbol: str, knobs: TensorCoreKnobs) -> Any:
+    """PrimFunc y = cast((float32(B z) * z_scale) * output_scale), bit-identical to liftc/reference.py.
+
+    tiles int32 (NB, KB, 32, 4) in the layout of codegen/tir_tiles.py, z int16 (m, K) with m <= knobs.tokens and
+    |z| <= 16383, z_scale f32 (m, 1), output_scale f32 (OC,), y uint8 (bytes of m OC results,), then two integers:
+    grid, the number of blocks, at least ceil(NB / knobs.block_rows), and kind, 0 for float32, 1 for float16,
+    2 for bfloat16. Requires 256 KB >= K and 16 NB >= OC. z needs 16-byte alignment where K % 8 == 0.
+    """
+    WARPS, RING, PAIR, SETS = knobs.warps, knobs.ring, knobs.row_blocks, knobs.sets
+    COLS = 2 * knobs.tokens  # planes of one chunk are laid out for this many columns
+    NT = (COLS + 7) // 8
+    CHUNK = knobs.chunk_blocks
+    LOADS = knobs.loads
+    ROWS = knobs.block_rows * 16
+    SUMS = ROWS + 8  # keeps the four tokens of a lane quad in different banks
+    SLOT = PAIR * TILE_BYTES
+    THREADS = WARPS * 32
+    SMEM = knobs.shared_bytes()
+    AHEAD = knobs.prefetch_tiles
+    BLOCK_BYTES = COLS * 256  # planes of 256 columns
+    DEPENDENT = knobs.dependent_launch
+
+    @T.prim_func
+    def function(
+        tiles_arg: T.handle, z_arg: T.handle, z_scale_arg: T.handle, scale_arg: T.handle, y_arg: T.handle,
+        grid: T.int32, kind: T.int32,
+    ) -> None:  # fmt: skip
+        T.func_attr({"tirx.noalias": True, "global_symbol": symbol})
+        NB = T.int32()
+        KB = T.int32()
+        K = T.int32()
+        OC = T.int32()
+        m = T.int32()
+        size = T.int32()
+        tiles = T.match_buffer(tiles_arg, (NB, KB, 32, 4), "int32", align=16)
+        z = T.match_buffer(z_arg, (m, K), "int16", align=2)
+        z_scale = T.match_buffer(z_scale_arg, (m, 1), "float32", align=4)
+        scale = T.match_buffer(scale_arg, (OC,), "float32", align=4)
+        y = T.match_buffer(y_arg, (size,), "uint8", align=4)
+        T.device_entry()
+        bx = T.cta_id([grid])
+        tx = T.thread_id([THREADS])
+        pool = T.SMEMPool()
+        planes = pool.alloc((CHUNK * COLS * 64,), "uint32", align=16)
+        ring = pool.alloc((WARPS * RING * SLOT // 4,), "uint32", align=16)
+        sums = pool.alloc((knobs.tokens * SUMS,), "int32", align=16)
+        totals = pool.alloc((knobs.tokens,), "int32", align=16)
+        pool.commit(SMEM)
+        acc = T.alloc_local((PAIR * NT * SETS * 4,), "uint32")
+        w = T.alloc_local((PAIR * 4,), "uint32")
+        b = T.alloc_local((16,), "uint32")
+        v = T.alloc_local((LOADS * 4,), "uint32")
+
+        lane: T.let[T.int32] = tx % 32
+        warp: T.let[T.int32] = tx // 32
+        row0: T.int32 = T.truncdiv(bx * NB, grid)
+        blocks: T.int32 = T.truncdiv((bx + 1) * NB, grid) - row0
+        groups: T.int32 = (blocks + (PAIR - 1)) // PAIR
+        chunk: T.int32 = (KB + CHUNK - 1) // CHUNK
+        chunk = T.truncdiv(KB + chunk - 1, chunk)  # equal chunks of at most CHUNK
+        base: T.let[T.int32] = row0 * KB * TILE_WORDS + lane * 4
+
+        # Shared-memory addresses live in registers; a generic pointer would be converted at every use.
+        ring_at: T.uint32 = T.cuda.cvta_generic_to_shared(ring.ptr_to([warp * (RING * SLOT // 4) + lane * 4]))
+        planes_at: T.uint32 = T.cuda.cvta_generic_to_shared(planes.ptr_to([lane * 4]))
+
+        # Prefetch cursor: steps left in this chunk, column block and group of the next step, its word offset.
+        p_start: T.int32 = 0
+        p_len: T.int32 = T.min(chunk, KB)
+        p_group: T.int32 = warp * (groups * p_len) // WARPS
+        p_left: T.int32 = (warp + 1) * (groups * p_len) // WARPS - p_group
+        p_col: T.int32 = T.truncmod(p_group, p_len)
+        p_group = T.truncdiv(p_group, p_len)
+        p_off: T.int32 = base + (p_group * PAIR * KB + p_col) * TILE_WORDS
+        fill: T.int32 = 0
+        slot: T.int32 = 0
+        step: T.int32 = 0
+
+        @T.inline
+        def advance():
+            if p_left == 0:
+                while p_left == 0 and p_start + chunk < KB:
+                    p_start = p_start + chunk
+                    p_len = T.min(chunk, KB - p_start)
+                    p_group = warp * (groups * p_len) // WARPS
+                    p_left = (warp + 1) * (groups * p_len) // WARPS - p_group
+                    p_col = T.truncmod(p_group, p_len)
+                    p_group = T.truncdiv(p_group, p_len)
+                    p_off = base + (p_group * PAIR * KB + p_start + p_col) * TILE_WORDS
+
+        @T.inline
+        def issue():
+            if p_left > 0:
+                T.ptx["cp.async.cg.shared.global"](
+                    ring_at + T.Cast("uint32", fill), tiles.ptr_to([0, 0, 0, p_off]), 16
+                )
+                if PAIR == 2:
+                    if p_group * 2 + 1 < blocks:
+                        T.ptx["cp.async.cg.shared.global"](
+                            ring_at + T.Cast("uint32", fill + TILE_BYTES),
+                            tiles.ptr_to([0, 0, 0, p_off + KB * TILE_WORDS]),
+                            16,
+                        )
+                p_off = p_off + TILE_WORDS
+                p_left = p_left - 1
+                p_col = p_col + 1
+                if p_col == p_len:
+                    p_col = 0
+                    p_group = p_group + 1
+                    p_off = p_off + (PAIR * KB - p_len) * TILE_WORDS
+                advance()
+            T.ptx["cp.async.commit_group"]()
+            fill = T.Select(fill == (RING - 1) * SLOT, 0, fill + SLOT)
+
+        advance()
+        for i in T.serial(RING - 1):
+            issue()
+        if AHEAD > 0:  # the tiles after the ring start moving towards L2
+            ahead: T.int32 = T.min(p_left, AHEAD)
+            if PAIR == 2 or chunk < KB:
+                ahead = T.min(ahead, p_len - p_col)
+            for i in T.serial((AHEAD + 7) // 8):
+                if i * 8 + lane // 4 < ahead:
+                    T.cuda.func_call(
+                        "liftc_prefetch",
+                        tiles.ptr_to([0, 0, 0, p_off - lane * 4 + i * 1024 + lane * 32]),
+                        source_code=device.PREFETCH,
+                    )
+        for i in T.serial((knobs.tokens * SUMS + THREADS - 1) // THREADS):
+            if i * THREADS + tx < knobs.tokens * SUMS:
+                sums[i * THREADS + tx] = 0
+        if tx < knobs.tokens:
+            totals[tx] = 0
+        if DEPENDENT:
+            T.cuda.func_call("liftc_dependent_launch", source_code=device.DEPENDENT_LAUNCH)
+        for q in T.unroll(PAIR * NT * SETS * 4):
+            acc[q] = T.uint32(0)
+        for c in T.serial(T.truncdiv(KB + chunk - 1, chunk)):
+            k0: T.int32 = c * chunk
+            length: T.int32 = T.min(chunk, KB - k0)
+            T.cuda.cta_sync()  # zeroed sums are visible; the planes of the chunk before are no longer read
+            for token in T.serial(m):
+                total: T.int32 = 0
+                for i in T.serial((length - warp + WARPS * LOADS - 1) // (WARPS * LOADS)):
+                    for u in T.unroll(LOADS):
+                        at: T.int32 = (i * LOADS + u) * WARPS + warp
+                        for e in T.unroll(4):
+                            v[u * 4 + e] = T.uint32(0)
+                        if at < length:
+                            T.cuda.func_call(
+                                "liftc_load_z",
+                                z.ptr_to([token, 0]), (k0 + at) * 256 + lane * 8, K,
+                                v.ptr_to([u * 4]),
+                                source_code=device.LOAD_Z,
+                            )  # fmt: skip
+                    for u in T.unroll(LOADS):
+                        at2: T.int32 = (i * LOADS + u) * WARPS + warp
+                        if at2 < length:
+                            total = total + T.cuda.func_call(
+                                "liftc_store_planes",
+                                v[u * 4], v[u * 4 + 1], v[u * 4 + 2], v[u * 4 + 3],
+                                planes.ptr_to(
+                                    [at2 * (COLS * 64) + lane // 8 * (COLS * 16) + token * 32 + lane % 8 * 2]
+                                ),
+                                source_code=device.STORE_PLANES,
+                                return_type="int32",
+                            )  # fmt: skip
+                T.cuda.func_call(
+                    "liftc_warp_add", totals.ptr_to([token]), total, lane, source_code=device.WARP_ADD
+                )
+            T.cuda.cta_sync()
+            step = warp * (groups * length) // WARPS
+            stop: T.int32 = (warp + 1) * (groups * length) // WARPS
+            while step < stop:
+                group: T.int32 = T.truncdiv(step, length)
+                col: T.int32 = step - group * length
+                run: T.int32 = T.min(length - col, stop - step)
+                z_at: T.uint32 = planes_at + T.Cast("uint32", col * BLOCK_BYTES)
+                for i in T.serial(run):
+                    T.ptx["cp.async.wait_group"](RING - 2)
+                    for p in T.unroll(PAIR):
+                        T.ptx[LOAD4](
+                            w[p * 4], w[p * 4 + 1], w[p * 4 + 2], w[p * 4 + 3],
+                            ring_at + T.Cast("uint32", slot + p * TILE_BYTES),
+                        )  # fmt: skip
+                    slot = T.Select(slot == (RING - 1) * SLOT, 0, slot + SLOT)
+                    for n in T.unroll(NT):
+                        for q in T.unroll(4):  # lanes past the last column feed results that nobody reads
+                            T.ptx[LOAD4](
+                                b[q * 4], b[q * 4 + 1], b[q * 4 + 2], b[q * 4 + 3],
+                                z_at + T.uint32(q * COLS * 64 + n * 512),
+                                pred=(lane // 4 + n * 8 < 2 * m),
+                            )  # fmt: skip
+                        if n == 0:
+                            issue()
+                        for p in T.unroll(PAIR):
+                            for j in T.unroll(8):
+                                mask: T.let[T.uint32] = T.shift_left(T.uint32(0x01010101), T.uint32(j % SETS))
+                                down: T.let[T.uint32] = T.uint32(j // SETS * SETS)
+                                a: T.let[T.int32] = ((p * NT + n) * SETS + j % SETS) * 4
+                                T.ptx[MMA](
+                                    acc[a], acc[a + 1], acc[a + 2], acc[a + 3],
+                                    T.shift_right(w[p * 4], down) & mask,
+                                    T.shift_right(w[p * 4 + 1], down) & mask,
+                                    T.shift_right(w[p * 4 + 2], down) & mask,
+                                    T.shift_right(w[p * 4 + 3], down) & mask,
+                                    b[2 * j], b[2 * j + 1],
+                                    acc[a], acc[a + 1], acc[a + 2], acc[a + 3],
+                                )  # fmt: skip
+                    z_at = z_at + T.uint32(BLOCK_BYTES)
+                for p in T.unroll(PAIR):
+                    for n in T.unroll(NT):
+                        for r in T.unroll(2):  # rows lane // 4 and 8 more
+                            high: T.uint32 = T.uint32(0)
+                            low: T.uint32 = T.uint32(0)
+                            for s in T.unroll(SETS):
+                                a2: T.let[T.int32] = ((p * NT + n) * SETS + s) * 4 + 2 * r
+                                high = high + T.reinterpret(
+                                    "uint32", T.shift_right(T.reinterpret("int32", acc[a2]), s)
+                                )
+                                low = low + T.reinterpret(
+                                    "uint32", T.shift_right(T.reinterpret("int32", acc[a2 + 1]), s)
+                                )
+                            if n * 4 + lane % 4 < m and group * PAIR + p < blocks:
+                                T.ptx["red.shared.add.u32"](
+                                    sums.ptr_to(
+                                        [
+                                            (n * 4 + lane % 4) * SUMS
+                                            + (group * PAIR + p) * 16
+                                            + r * 8
+                                            + lane // 4
+                                        ]
+                                    ),
+                                    high * T.uint32(256) + low,
+                                )
+                for q in T.unroll(PAIR * NT * SETS * 4):
+                    acc[q] = T.uint32(0)
+                step = step + run
+        T.cuda.cta_sync()
+        for token in T.serial(m):
+            for i in T.serial((blocks * 16 - tx + THREADS - 1) // THREADS):
+                row: T.let[T.int32] = i * THREADS + tx
+                if row0 * 16 + row < OC:
+                    T.cuda.func_call(
+                        "liftc_store_y",
+                        y.ptr_to([0]), T.Cast("int64", token) * OC + (row0 * 16 + row), kind,
+                        sums[token * SUMS + row], totals[token], z_scale.ptr_to([token, 0]),
+                        scale[row0 * 16 + row],
+                        source_code=device.STORE_Y,
+                    )  # fmt: skip
+
+    if knobs.dependent_launch:
+        function = function.with_attr("tirx.kernel_launch_params", ["tirx.use_programtic_dependent_launch"])
+    return function

@@ -1,0 +1,100 @@
+# mypy: disable-error-code="misc, untyped-decorator"
+"""The tile layout of signs, and the kernels that make it from the portable layout and read it back.
+
+A tile is 16 rows x 256 columns in 512 bytes, one 16-byte vector per lane of a warp: tiles int32 (NB, KB, 32, 4)
+with NB = ceil(OC / 16), KB = ceil(K / 256). Bit 8 b + j of word 2 h + s of lane 4 g + t is the sign of
+
+    row 16 rb + 8 s + g, column 256 kb + 64 (j div 2) + 16 t + 8 (j mod 2) + 4 h + b,
+
+which makes a word masked with 0x01010101 << j a fragment of `mma.m16n8k32` for step j, and lets a lane turn eight
+neighbouring values of z into operand bytes without shuffles. Rows and columns past the last are 0 bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm import s_tir
+from tvm.script import tirx as T
+
+
+def tile_signs(symbol: str) -> Any:
+    """PrimFunc packed int32 (G, K) -> tiles int32 (NB, KB, 32, 4). One thread per word of a tile."""
+
+    @T.prim_func(s_tir=True)
+    def function(packed_arg: T.handle, tiles_arg: T.handle) -> None:
+        T.func_attr({"tirx.noalias": True, "global_symbol": symbol})
+        G = T.int32()
+        K = T.int32()
+        NB = T.int32()
+        KB = T.int32()
+        packed = T.match_buffer(packed_arg, (G, K), "int32", align=4)
+        tiles = T.match_buffer(tiles_arg, (NB, KB, 32, 4), "int32", align=16)
+        for rb, kb, lane, word in T.grid(NB, KB, 32, 4):
+            with T.sblock("tile"):
+                vr, vk, vl, vw = T.axis.remap("SSSS", [rb, kb, lane, word])
+                bits = T.sblock_alloc_buffer((1,), "uint32", scope="local")
+                bits[0] = T.uint32(0)
+                for j, b in T.grid(8, 4):
+                    with T.sblock("bit"):
+                        vj, vb = T.axis.remap("SS", [j, b])
+                        column = T.meta_var(
+                            vk * 256 + vj // 2 * 64 + vl % 4 * 16 + vj % 2 * 8 + vw // 2 * 4 + vb
+                        )
+                        if column < K and vr // 2 < G:
+                            bits[0] = bits[0] | T.shift_left(
+                                T.shift_right(
+                                    T.reinterpret("uint32", packed[vr // 2, column]),
+                                    T.Cast("uint32", vr % 2 * 16 + vw % 2 * 8 + vl // 4),
+                                )
+                                & T.uint32(1),
+                                T.Cast("uint32", vb * 8 + vj),
+                            )
+                tiles[vr, vk, vl, vw] = T.reinterpret("int32", bits[0])
+
+    sch = s_tir.Schedule(function)
+    rb, kb, lane, word = sch.get_loops(sch.get_sblock("tile"))
+    for loop, axis in ((rb, "blockIdx.y"), (kb, "blockIdx.x"), (sch.fuse(lane, word), "threadIdx.x")):
+        sch.bind(loop, axis)
+    j, b = sch.get_loops(sch.get_sblock("bit"))[-2:]
+    sch.unroll(j)
+    sch.unroll(b)
+    return sch.mod[sch.mod.get_global_vars()[0]]
+
+
+def unpack_tiles(symbol: str, dtype: str) -> Any:
+    """PrimFunc tiles int32 (NB, KB, 32, 4) -> out `dtype` (OC, K) of -1 and +1. A thread writes eight columns."""
+
+    @T.prim_func(s_tir=True)
+    def function(tiles_arg: T.handle, out_arg: T.handle) -> None:
+        T.func_attr({"tirx.noalias": True, "global_symbol": symbol})
+        NB = T.int32()
+        KB = T.int32()
+        OC = T.int32()
+        K = T.int32()
+        tiles = T.match_buffer(tiles_arg, (NB, KB, 32, 4), "int32", align=16)
+        out = T.match_buffer(out_arg, (OC, K), dtype, align=2)
+        for rb, row, kb, lane, e in T.grid(NB, 16, KB, 32, 8):
+            with T.sblock("unpack"):
+                vb, vr, vk, vl, ve = T.axis.remap("SSSSS", [rb, row, kb, lane, e])
+                if vb * 16 + vr < OC and vk * 256 + vl * 8 + ve < K:
+                    out[vb * 16 + vr, vk * 256 + vl * 8 + ve] = T.Select(
+                        (
+                            T.shift_right(
+                                tiles[vb, vk, vr % 8 * 4 + vl // 2 % 4, ve // 4 * 2 + vr // 8],
+                                ve % 4 * 8 + vl // 8 * 2 + vl % 2,
+                            )
+                            & 1
+                        )
+                        != 0,
+                        T.Cast(dtype, T.float32(1)),
+                        T.Cast(dtype, T.float32(-1)),
+                    )
+
+    sch = s_tir.Schedule(function)
+    rb, row, kb, lane, e = sch.get_loops(sch.get_sblock("unpack"))
+    sch.reorder(rb, kb, row, lane, e)
+    for loop, axis in ((rb, "blockIdx.y"), (kb, "blockIdx.x"), (row, "threadIdx.y"), (lane, "threadIdx.x")):
+        sch.bind(loop, axis)
+    sch.unroll(e)
+    return sch.mod[sch.mod.get_global_vars()[0]]

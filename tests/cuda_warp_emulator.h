@@ -1,0 +1,129 @@
+// What tensor-core kernels need beyond cuda_block_emulator.h: shared memory as 32-bit addresses, asynchronous
+// copies that land as late as the waits allow (or at once: EARLY_COPIES), and integer mma of a whole warp.
+#pragma once
+#include "cuda_block_emulator.h"
+
+#include <cstdint>
+#include <cstring>
+#include <deque>
+#include <map>
+
+#define __device__
+#define __forceinline__ inline
+#define __restrict__
+using std::min;
+using uchar = unsigned char;
+alignas(64) static uchar pool_buf_ptr[1 << 18];
+
+namespace warp {
+struct Copy { uint32_t to; const void* from; };
+struct Pipe { std::vector<Copy> open; std::deque<std::vector<Copy>> groups; };
+static std::map<int, Pipe> pipes;
+static uint32_t a[64][32][4], b[64][32][2];
+static const uchar *tiles_begin, *tiles_end, *z_begin, *z_end;  // what global reads may touch
+static long bad_reads;
+
+inline void copy(const Copy& c) { std::memcpy(pool_buf_ptr + c.to, c.from, 16); }
+inline void flush(std::vector<Copy>& group) { for (const Copy& c : group) copy(c); group.clear(); }
+inline bool inside(const void* p, size_t size, const uchar* begin, const uchar* end) {
+  const uchar* at = static_cast<const uchar*>(p);
+  if (at >= begin && at + size <= end) return true;
+  ++bad_reads;
+  return false;
+}
+inline void begin_block() { pipes.clear(); std::memset(pool_buf_ptr, 0xA5, sizeof pool_buf_ptr); }
+}  // namespace warp
+
+inline uint32_t tvm_builtin_cuda_cvta_generic_to_shared(void* p) { return uint32_t(static_cast<uchar*>(p) - pool_buf_ptr); }
+inline void tvm_builtin_cuda_cta_sync() { __syncthreads(); }
+inline void tvm_builtin_ptx_cp_async_cg_async_cg_shared_global_16(uint32_t to, const void* from) {
+  if (!warp::inside(from, 16, warp::tiles_begin, warp::tiles_end)) return;
+#ifdef EARLY_COPIES
+  warp::copy({to, from});
+#else
+  warp::pipes[block::current].open.push_back({to, from});
+#endif
+}
+inline void tvm_builtin_ptx_cp_async_commit_group_async_commit_group() {
+  warp::Pipe& pipe = warp::pipes[block::current];
+  pipe.groups.push_back(pipe.open);
+  pipe.open.clear();
+}
+inline void cp_async_wait_group(int pending) {
+  warp::Pipe& pipe = warp::pipes[block::current];
+  for (; int(pipe.groups.size()) > pending; pipe.groups.pop_front()) warp::flush(pipe.groups.front());
+}
+inline void tvm_builtin_ptx_ld_vec_shared_v4_u32(uint32_t& d0, uint32_t& d1, uint32_t& d2, uint32_t& d3, uint32_t at) {
+  uint32_t v[4];
+  std::memcpy(v, pool_buf_ptr + at, 16);
+  d0 = v[0], d1 = v[1], d2 = v[2], d3 = v[3];
+}
+inline void tvm_builtin_ptx_ld_vec_shared_v4_u32_pred_undef(uint32_t& d0, uint32_t& d1, uint32_t& d2, uint32_t& d3,
+                                                            uint32_t at, uint32_t pred) {
+  d0 = d1 = d2 = d3 = 0x7f817f81;
+  if (pred) tvm_builtin_ptx_ld_vec_shared_v4_u32(d0, d1, d2, d3, at);
+}
+inline void tvm_builtin_ptx_red_shared_add_u32(uint32_t at, uint32_t value) {
+  uint32_t old;
+  std::memcpy(&old, pool_buf_ptr + at, 4);
+  old += value;
+  std::memcpy(pool_buf_ptr + at, &old, 4);
+}
+inline void tvm_builtin_ptx_mma_int_sync_aligned_m16n8k32_row_col_s32_u8_s8_s32(
+    uint32_t& d0, uint32_t& d1, uint32_t& d2, uint32_t& d3, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+    uint32_t b0, uint32_t b1, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
+  int w = block::current / 32, lane = block::current % 32;
+  uint32_t mine[4] = {a0, a1, a2, a3};
+  std::memcpy(warp::a[w][lane], mine, 16);
+  warp::b[w][lane][0] = b0, warp::b[w][lane][1] = b1;
+  block::meet(block::warps[w]);
+  uint32_t out[4] = {c0, c1, c2, c3};
+  for (int q = 0; q < 4; ++q) {
+    int row = lane / 4 + q / 2 * 8, column = lane % 4 * 2 + q % 2;
+    for (int k = 0; k < 32; ++k) {  // PTX ISA, fragments of mma.m16n8k32 for .u8 and .s8
+      int from = k % 16 / 4;
+      uint32_t av = warp::a[w][row % 8 * 4 + from][row / 8 + k / 16 * 2] >> (k % 4 * 8) & 255;
+      int8_t bv = int8_t(warp::b[w][column * 4 + from][k / 16] >> (k % 4 * 8));
+      out[q] += uint32_t(int(av) * bv);
+    }
+  }
+  block::meet(block::warps[w]);
+  d0 = out[0], d1 = out[1], d2 = out[2], d3 = out[3];
+}
+
+struct uint2 { uint32_t x, y; };
+inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
+inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t pick) {
+  uint64_t both = uint64_t(y) << 32 | x;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) result |= uint32_t(both >> ((pick >> (4 * i) & 7) * 8) & 255) << (8 * i);
+  return result;
+}
+inline int __dp4a(int x, int y, int c) {
+  for (int i = 0; i < 4; ++i) c += int8_t(x >> (8 * i)) * int8_t(y >> (8 * i));
+  return c;
+}
+inline int __reduce_add_sync(uint, int value) {
+  block::Meeting& group = block::warps[block::current / 32];
+  group.values[block::current % 32] = value;
+  block::meet(group);
+  uint32_t sum = 0;
+  for (int i = 0; i < 32; ++i) sum += uint32_t(group.values[i]);
+  block::meet(group);
+  return int(sum);
+}
+inline void atomicAdd(int* at, int value) { *at = int(uint32_t(*at) + uint32_t(value)); }
+inline uint32_t __shfl_sync(uint32_t, uint32_t value, int, int) { return value; }
+inline void liftc_dependent_launch() {}
+inline void liftc_prefetch(const void* at) { warp::inside(at, 16, warp::tiles_begin, warp::tiles_end); }
+inline void liftc_load_z(const void* row, int column, int columns, void* out) {
+  for (int i = 0; i < 8; ++i)
+    if (column + i < columns) {
+      const int16_t* at = static_cast<const int16_t*>(row) + column + i;
+      if (warp::inside(at, 2, warp::z_begin, warp::z_end)) std::memcpy(static_cast<int16_t*>(out) + i, at, 2);
+    }
+}
+inline void liftc_store_y(void* y, long long at, int, int set, int all, const void* z_scale, float scale) {
+  float sum = float(int(2u * uint32_t(set) - uint32_t(all)));
+  static_cast<float*>(y)[at] = (sum * *static_cast<const float*>(z_scale)) * scale;
+}
