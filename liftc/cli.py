@@ -41,6 +41,13 @@ def _generate(a: argparse.Namespace) -> Answer:
 
 
 def _eval(a: argparse.Namespace) -> Answer:
+    if a.tasks:
+        from liftc.driver.lm_eval import tasks_answer
+
+        return tasks_answer(
+            a.artifact, a.tasks.split(","), reference=a.reference, task_dir=a.task_dir, few_shot=a.num_fewshot,
+            limit=a.limit, chat=a.chat, device=a.device, dtype=a.dtype,
+        )  # fmt: skip
     from liftc.driver.evaluate import evaluate_artifact
 
     return evaluate_artifact(
@@ -133,15 +140,7 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument("--stop", action="append", metavar="TEXT", help="end when this text appears; repeatable")
     g.add_argument("--device")
 
-    e = _command(commands, "eval", _eval, "perplexity, KL divergence and top-1 agreement on a text file")
-    e.add_argument("artifact", type=Path, help="artifact folder, or a model folder to evaluate unquantized")
-    e.add_argument("--reference", type=Path, help="the original model folder")
-    e.add_argument("--text", type=Path, action="append", required=True, help="UTF-8 text; repeatable")
-    e.add_argument("--layers", action="store_true", help="also the error of every decoder block")
-    e.add_argument("--ctx", type=int, default=2048, help="tokens per window (default 2048)")
-    e.add_argument("--windows", type=int, help="windows from the start of the text (default: all)")
-    e.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="dtype of model folders")
-    e.add_argument("--device")
+    _add_eval(commands)
 
     i = _command(commands, "inspect", _inspect, "formats, byte ledger, targets of an artifact")
     i.add_argument("artifact", type=Path)
@@ -165,6 +164,24 @@ def build_parser() -> argparse.ArgumentParser:
 
     _add_lattice(commands)
     return parser
+
+
+def _add_eval(commands: Any) -> None:
+    e = _command(commands, "eval", _eval, "perplexity, KL divergence, per-layer errors, benchmark tasks")
+    e.add_argument("artifact", type=Path, help="artifact folder, or a model folder to evaluate unquantized")
+    e.add_argument("--reference", type=Path, help="the original model folder")
+    what = e.add_mutually_exclusive_group(required=True)
+    what.add_argument("--text", type=Path, action="append", help="UTF-8 text; repeatable")
+    what.add_argument("--tasks", metavar="NAME,NAME", help="tasks of lm-evaluation-harness")
+    e.add_argument("--ctx", type=int, default=2048, help="tokens per window (default 2048)")
+    e.add_argument("--windows", type=int, help="windows from the start of each text (default: all)")
+    e.add_argument("--layers", action="store_true", help="also the error of every decoder block")
+    e.add_argument("--task-dir", type=Path, metavar="DIR", help="folder with YAML files of more tasks")
+    e.add_argument("--num-fewshot", type=int, help="examples in the prompt of a task (default: the task's)")
+    e.add_argument("--limit", type=int, help="examples per task (default: all)")
+    e.add_argument("--chat", action="store_true", help="put the prompts of tasks into the chat template")
+    e.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="dtype of model folders")
+    e.add_argument("--device")
 
 
 def _add_calibration(c: Any) -> None:

@@ -48,6 +48,16 @@ class Tokenizer:
         """Text of token ids, without special tokens."""
         return str(self._fast.decode(list(ids), skip_special_tokens=True))
 
+    def token_id(self, text: str) -> int | None:
+        """Id of the token that is written `text`, or None."""
+        found: int | None = self._fast.token_to_id(text)
+        return found
+
+    def special_token(self, name: str) -> int | None:
+        """Id of "bos_token", "eos_token" or another special token that tokenizer_config.json names, or None."""
+        text = _token_text(self._config.get(name))
+        return self.token_id(text) if text else None
+
     def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of a conversation ({"role", "content"} each), ready for the assistant's answer.
 
@@ -76,7 +86,7 @@ class Tokenizer:
             special = {t.content: i for i, t in self._fast.get_added_tokens_decoder().items() if t.special}
             eos = _token_text(self._config.get("eos_token"))
             known = [name for name in (eos, *END_OF_TEXT) if name in END_OF_TEXT and name in special]
-            found = special.get(known[0]) if known else self._fast.token_to_id(eos) if eos else None
+            found = special.get(known[0]) if known else self.special_token("eos_token")
             end = [] if found is None else [found]
         return begin, end
 
