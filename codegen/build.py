@@ -168,7 +168,7 @@ def _build_cuda(archs: Sequence[str], knobs: CudaKnobs, scratch: Path, folder: P
 
 
 def _compile_unit(nvcc: toolchain.Tool, unit: library.Unit, ptx: str, scratch: Path) -> None:
-    """One source to one host object. Each has its own library context, a name the loader sets in the first."""
+    """One source to one host object."""
     kept = ptx if unit.archs[-1].rstrip("a") == ptx.replace("compute_", "sm_") else ""
     command = [
         str(nvcc.path),
@@ -179,8 +179,11 @@ def _compile_unit(nvcc: toolchain.Tool, unit: library.Unit, ptx: str, scratch: P
         "-o",
         f"{unit.name}.o",
     ]
-    if unit.tirx:
-        command.append(f"-D__tvm_ffi__library_ctx=liftc_context_{unit.name}")
+    if unit.tirx:  # names that TVM gives every source, and that only the first may keep
+        command += [
+            f"-D__tvm_ffi__library_ctx=context_of_{unit.name}",
+            f"-D__tvm_ffi_main=main_of_{unit.name}",
+        ]
     toolchain.run_compiler(command, scratch, "CUDA kernels")
 
 
