@@ -1,0 +1,459 @@
+"""Other quantizers on the same model, calibration and evaluation: round-to-nearest, GPTQ, AWQ and HQQ.
+
+    python benchmarks/rivals.py MODEL --calibration calib.txt --wiki wiki.txt --web web.txt --json rivals.json
+    python benchmarks/rivals.py MODEL --tokens tokens.pt --device cuda --workers 4
+
+MODEL is a Llama-like folder (config.json, model.safetensors, tokenizer.json). Every decoder linear is quantized,
+nothing else. Weights are rounded to what the format stores and put back into the model, which then runs in
+its own dtype: perplexity, KL divergence from the original and top-1 agreement, in nats per token.
+tokens.pt: a dictionary of token tensors "calib", "wiki" and "evalweb", for machines without the texts.
+
+Methods (asymmetric grids, b-bit zero points and float16 scales per group of g inputs):
+  rtn, rtn-clip    round to nearest; clip: the range of each group shrunk to the least squared error
+  gptq, gptq-clip  GPTQ with act-order and static groups (nothing to store for the order), 1 % damping, group by
+                   group of linears through the already quantized prefix
+  awq              activation-aware scales (folded into norms and the previous linear) and clipping, searched on the
+                   output error under the input gram, original prefix
+  hqq              half-quadratic splitting, p = 0.7, 16-bit zero points, no data
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+METHODS = ("rtn", "rtn-clip", "hqq", "awq", "gptq", "gptq-clip")
+SHARED = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True)
+class Grid:
+    """scale, zero: float32 (OC, groups); weight = scale * (q - zero) with q in 0 ... 2^bits - 1."""
+
+    scale: Tensor
+    zero: Tensor
+    bits: int
+    group: int
+
+    def round(self, weight: Tensor) -> Tensor:
+        """The nearest representable weight, (OC, IC)."""
+        w = grouped(weight, self.group)
+        s, z = self.scale[:, :, None], self.zero[:, :, None]
+        q = (torch.round(w / s) + z).clamp(0, 2**self.bits - 1)
+        return ((q - z) * s).flatten(1)[:, : weight.shape[1]]
+
+
+def grouped(weight: Tensor, group: int) -> Tensor:
+    """(OC, IC) -> (OC, groups, group) float32; a short last group is filled with zeros, which every grid holds."""
+    w = nn.functional.pad(weight.float(), (0, -weight.shape[1] % group))
+    return w.view(len(w), -1, group)
+
+
+def stored_bits(model: Any, method: str, bits: int, group: int) -> float:
+    """Bits per weight of all decoder linears with a 16-bit scale and a zero point (b bits; 16 for HQQ) per
+    group; HQQ's groups run across rows, the others end with the row."""
+    total = weights = 0
+    for layer in model.model.layers:
+        for name in (name for names in SHARED for name in names):
+            rows, columns = layer.get_submodule(name).weight.shape
+            groups = rows * columns / group if method == "hqq" else rows * -(-columns // group)
+            total += rows * columns * bits + groups * (16 + (16 if method == "hqq" else bits))
+            weights += rows * columns
+    return total / weights
+
+
+def fit_grid(weight: Tensor, bits: int, group: int, *, clip: bool) -> Grid:
+    """Min-max grid per row and group; with `clip` the range shrinks, in 40 steps to 0.2, to the least error."""
+    w = grouped(weight, group)
+    top, low = w.amax(-1).clamp_min(0), w.amin(-1).clamp_max(0)
+    best: Grid | None = None
+    least = torch.full_like(top, math.inf)
+    for step in range(40 if clip else 1):
+        share = 1 - 0.02 * step
+        scale = ((top - low) * share / (2**bits - 1)).half().float().clamp_min(1e-7)
+        zero = torch.round(-low * share / scale).clamp(0, 2**bits - 1)
+        grid = Grid(scale, zero, bits, group)
+        error = grouped(grid.round(weight) - weight, group).square().sum(-1)
+        if best is None:
+            best, least = grid, error
+        else:
+            better = error < least
+            least = torch.where(better, error, least)
+            best = Grid(
+                torch.where(better, scale, best.scale), torch.where(better, zero, best.zero), bits, group
+            )
+    assert best is not None
+    return best
+
+
+def gptq(weight: Tensor, gram: Tensor, grid: Grid, damp: float = 0.01, block: int = 128) -> Tensor:
+    """GPTQ (Frantar et al. 2023) of weight (OC, IC) under gram (IC, IC), columns by falling diagonal."""
+    w, h = weight.float().clone(), gram.double()
+    dead = h.diagonal() == 0
+    h = h + torch.diag(dead.double()) + damp * h.diagonal().mean() * torch.eye(len(h), device=h.device)
+    w[:, dead] = 0
+    order = torch.argsort(h.diagonal(), descending=True)
+    h = h[order][:, order]
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
+    factor = torch.linalg.cholesky((inverse + inverse.T) / 2, upper=True).float()
+    w = w[:, order]
+    which = (torch.arange(w.shape[1], device=w.device) // grid.group)[order]
+    scale, zero, top = (
+        grid.scale[:, which].T.contiguous(),
+        grid.zero[:, which].T.contiguous(),
+        2**grid.bits - 1,
+    )
+    columns, done = w.T.contiguous(), torch.empty_like(w.T)
+    for first in range(0, len(columns), block):
+        last = min(first + block, len(columns))
+        part, errors = columns[first:last], torch.empty_like(columns[first:last])
+        local = factor[first:last, first:last]
+        for i in range(last - first):
+            s, z = scale[first + i], zero[first + i]
+            q = (torch.round(part[i] / s) + z).clamp_(0, top).sub_(z).mul_(s)
+            done[first + i] = q
+            errors[i] = (part[i] - q) / local[i, i]
+            part[i + 1 :].addr_(local[i, i + 1 :], errors[i], alpha=-1)
+        columns[last:] -= factor[first:last, last:].T @ errors
+    result = torch.empty_like(w)
+    result[:, order] = done.T
+    return result
+
+
+def hqq(weight: Tensor, bits: int, group: int, steps: int = 20) -> Tensor:
+    """Half-quadratic quantization (Badri and Shaji 2023): float zero points by a shrunken residual, p = 0.7."""
+    w = weight.float().view(-1, group)
+    low, high = w.amin(1, keepdim=True), w.amax(1, keepdim=True)
+    inverse = ((2**bits - 1) / (high - low).clamp_min(1e-8)).clamp_max(2e4)
+    inverse = 1 / (1 / inverse).half().float()
+    zero, beta, least = -low * inverse, 10.0, math.inf
+    if bits == 4:
+        zero = torch.round(zero)
+    best = zero
+    for _ in range(steps):
+        q = torch.round(w * inverse + zero).clamp(0, 2**bits - 1)
+        residual = w - (q - zero) / inverse
+        error = residual.abs().mean().item()
+        if error >= least:
+            break
+        best, least = zero, error
+        small = residual.abs().clamp_min(1e-8).pow(0.7 - 1) / beta
+        shrunk = residual.sign() * (residual.abs() - small).clamp_min(0)
+        zero = (q - (w - shrunk) * inverse).mean(1, keepdim=True)
+        beta *= 1.01
+    best = best.half().float()
+    q = torch.round(w * inverse + best).clamp(0, 2**bits - 1)
+    rounded: Tensor = ((q - best) / inverse).view_as(weight)
+    return rounded
+
+
+def output_loss(error: Tensor, gram: Tensor) -> float:
+    """tr(E H E') of a weight error (OC, IC): the mean squared output error times OC."""
+    return float(((error.double() @ gram.double()) * error.double()).sum())
+
+
+def awq_scales(weights: list[Tensor], gram: Tensor, magnitude: Tensor, bits: int, group: int) -> Tensor:
+    """The scale magnitude^alpha, alpha in 0, 0.05 ... 0.95, of least output error (AWQ, Lin et al. 2024)."""
+    best, least = torch.ones_like(magnitude), math.inf
+    for step in range(20):
+        s = magnitude.clamp_min(1e-4).pow(step / 20)
+        s = s / (s.max() * s.min()).sqrt()
+        loss = sum(
+            output_loss(fit_grid(w * s, bits, group, clip=False).round(w * s) / s - w, gram) for w in weights
+        )
+        if loss < least:
+            best, least = s, loss
+    return best
+
+
+def awq_clip(weight: Tensor, gram: Tensor, bits: int, group: int) -> Tensor:
+    """weight clamped per row and group at the share (1 ... 0.55) of its maximum with least output error."""
+    w = grouped(weight, group)
+    short = -len(gram) % group
+    padded = nn.functional.pad(gram.float(), (0, short, 0, short))
+    blocks = torch.stack([padded[i : i + group, i : i + group] for i in range(0, len(padded), group)])
+    limit = w.abs().amax(-1, keepdim=True)
+    best, least = w, torch.full(w.shape[:2], math.inf, device=w.device)
+    for step in range(10):
+        clipped = torch.minimum(torch.maximum(w, -limit * (1 - 0.05 * step)), limit * (1 - 0.05 * step))
+        flat = clipped.flatten(1)[:, : weight.shape[1]]
+        error = grouped(fit_grid(flat, bits, group, clip=False).round(flat), group) - w
+        loss = torch.einsum("ogi,gij,ogj->og", error, blocks, error)
+        best = torch.where((loss < least)[:, :, None], clipped, best)
+        least = torch.minimum(loss, least)
+    return best.flatten(1)[:, : weight.shape[1]]
+
+
+class Calibration:
+    """Hidden states of the calibration windows in front of one layer, and what its linears read."""
+
+    def __init__(self, model: Any, ids: Tensor, batch: int = 16) -> None:
+        self.batch = batch
+        self.states = model.model.embed_tokens(ids.to(model.device))
+        positions = torch.arange(ids.shape[1], device=model.device)[None]
+        self.extra = {
+            "attention_mask": None, "position_ids": positions,
+            "position_embeddings": model.model.rotary_emb(self.states[:1], positions),
+        }  # fmt: skip
+
+    def outputs(self, layer: Any) -> Iterator[Tensor]:
+        for part in self.states.split(self.batch):
+            result = layer(part, **self.extra)
+            yield result[0] if isinstance(result, tuple) else result
+
+    def advance(self, layer: Any) -> None:
+        """Move the hidden states behind the layer, with the weights it has now."""
+        self.states = torch.cat(list(self.outputs(layer)))
+
+    def grams(self, layer: Any, names: list[str]) -> dict[str, tuple[Tensor, Tensor]]:
+        """name -> (E[x x'] float64, E|x|) of the inputs of linears."""
+        sums: dict[str, list[Tensor]] = {}
+
+        def watch(name: str) -> Callable[..., None]:
+            def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+                x = inputs[0].flatten(0, -2).float()
+                new = [(x.T @ x).double(), x.abs().sum(0)]
+                sums[name] = [a + b for a, b in zip(sums[name], new)] if name in sums else new
+
+            return hook
+
+        hooks = [layer.get_submodule(name).register_forward_pre_hook(watch(name)) for name in names]
+        for _ in self.outputs(layer):
+            pass
+        for handle in hooks:
+            handle.remove()
+        tokens = self.states.shape[0] * self.states.shape[1]
+        return {name: (gram / tokens, size / tokens) for name, (gram, size) in sums.items()}
+
+
+@torch.no_grad()
+def quantize(model: Any, method: str, bits: int, group: int, calibration: Tensor) -> dict[str, Any]:
+    """Quantize all decoder linears in place; facts about GPTQ's layer losses, else nothing."""
+    layers = model.model.layers
+    if method in ("rtn", "rtn-clip", "hqq"):
+        for layer in layers:
+            for linear in (layer.get_submodule(name) for names in SHARED for name in names):
+                weight = linear.weight.float()
+                if method == "hqq":
+                    linear.weight.copy_(hqq(weight, bits, group))
+                else:
+                    linear.weight.copy_(
+                        fit_grid(weight, bits, group, clip=method == "rtn-clip").round(weight)
+                    )
+        return {}
+    states = Calibration(model, calibration)
+    if method == "awq":
+        for layer in layers:
+            grams = states.grams(layer, [names[0] for names in SHARED])
+            states.advance(layer)
+            awq_layer(layer, grams, bits, group)
+        return {}
+    ratios = []
+    for layer in layers:
+        for names in SHARED:
+            gram = states.grams(layer, [names[0]])[names[0]][0]
+            for linear in (layer.get_submodule(name) for name in names):
+                weight = linear.weight.float()
+                grid = fit_grid(weight, bits, group, clip=method == "gptq-clip")
+                found, plain = gptq(weight, gram, grid), grid.round(weight)
+                ratios.append(output_loss(found - weight, gram) / output_loss(plain - weight, gram))
+                linear.weight.copy_(found)
+        states.advance(layer)
+    worse = sum(ratio >= 1 for ratio in ratios)
+    mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+    return {"linears": len(ratios), "worse_than_rtn": worse, "loss_ratio": mean, "largest_ratio": max(ratios)}
+
+
+def awq_layer(layer: Any, grams: dict[str, tuple[Tensor, Tensor]], bits: int, group: int) -> None:
+    """Scales into the norms and up_proj, then clipping (not of q and k) and rounding, as AWQ does."""
+    folded = {"self_attn.q_proj": "input_layernorm", "mlp.gate_proj": "post_attention_layernorm"}
+    scales: dict[str, Tensor] = {}
+    for names in SHARED:
+        gram, magnitude = grams[names[0]]
+        linears = [layer.get_submodule(name) for name in names]
+        s = torch.ones_like(magnitude)
+        if names[0] != "self_attn.o_proj":  # its input is made by fewer value heads: nothing to fold into
+            s = awq_scales([linear.weight.float() for linear in linears], gram, magnitude, bits, group)
+            before = layer.get_submodule(folded.get(names[0], "mlp.up_proj"))
+            by = s if before.weight.ndim == 1 else s[:, None]
+            before.weight.copy_(before.weight.float() / by)
+        scales[names[0]] = s
+        for linear in linears:
+            linear.weight.copy_(linear.weight.float() * s)
+    for names in SHARED:
+        s, gram = scales[names[0]], grams[names[0]][0]
+        gram = gram / s.double()[:, None] / s.double()[None]
+        for name in names:
+            linear = layer.get_submodule(name)
+            weight = linear.weight.float()
+            if name not in ("self_attn.q_proj", "self_attn.k_proj"):
+                weight = awq_clip(weight, gram, bits, group)
+            linear.weight.copy_(fit_grid(weight, bits, group, clip=False).round(weight))
+
+
+@torch.no_grad()
+def evaluate(model: Any, original: Any, windows: Tensor) -> dict[str, float]:
+    """Perplexity, mean KL(original || model) in nats and top-1 agreement over all predicted tokens."""
+    loss = divergence = agreement = 0.0
+    count = 0
+    for window in windows.to(model.device):
+        got = model(window[None]).logits[0, :-1].float().log_softmax(-1)
+        wanted = original(window[None]).logits[0, :-1].float().log_softmax(-1)
+        loss -= got.gather(1, window[1:, None]).double().sum().item()
+        divergence += (wanted.exp() * (wanted - got)).sum(-1).double().sum().item()
+        agreement += (got.argmax(-1) == wanted.argmax(-1)).sum().item()
+        count += len(window) - 1
+    return {"perplexity": math.exp(loss / count), "kl": divergence / count, "top1": agreement / count}
+
+
+def load_model(folder: Path, device: str) -> Any:
+    """The folder's Llama in the dtype of its config, rotary frequencies in float32."""
+    from safetensors.torch import load_file
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    settings = json.loads((folder / "config.json").read_text())
+    config = LlamaConfig(**settings)
+    model = LlamaForCausalLM(config)
+    frequencies = model.model.rotary_emb.inv_freq.float().clone()
+    model = model.to(getattr(torch, str(settings.get("dtype") or settings.get("torch_dtype", "bfloat16"))))
+    state = load_file(folder / "model.safetensors")
+    if settings.get("tie_word_embeddings"):
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    missing, unknown = model.load_state_dict(state, strict=False)
+    if missing or unknown:
+        raise SystemExit(f"{folder}: the weights do not fit the config: {missing[:3]} {unknown[:3]}")
+    model.model.rotary_emb.inv_freq = frequencies
+    return model.eval().to(device).requires_grad_(False)
+
+
+def read_tokens(a: argparse.Namespace) -> dict[str, Tensor]:
+    """Token streams "calib", "wiki" and "evalweb" from --tokens or from the texts."""
+    if a.tokens:
+        tokens: dict[str, Tensor] = torch.load(a.tokens, weights_only=True)
+        return tokens
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(a.model / "tokenizer.json"))
+    texts = {"calib": a.calibration, "wiki": a.wiki, "evalweb": a.web}
+    return {
+        name: torch.tensor(tokenizer.encode(path.read_text(), add_special_tokens=False).ids)
+        for name, path in texts.items()
+    }
+
+
+def windows_of(tokens: Tensor, length: int, count: int, *, spread: bool = False) -> Tensor:
+    """(count, length): the first windows, or a seeded random choice of all."""
+    cut = tokens[: len(tokens) // length * length].view(-1, length)
+    if spread:
+        cut = cut[torch.randperm(len(cut), generator=torch.Generator().manual_seed(0))]
+    return cut[:count]
+
+
+def worker(a: argparse.Namespace, todo: Any, done: Any) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.set_num_threads(max(1, torch.get_num_threads() // a.workers))
+    tokens = read_tokens(a)
+    model, original = load_model(a.model, a.device), load_model(a.model, a.device)
+    clean = {name: tensor.clone() for name, tensor in original.state_dict().items()}
+    calibration = windows_of(tokens["calib"], a.length, a.windows, spread=True)
+    while (task := todo.get()) is not None:
+        method, bits, group = task
+        began = time.monotonic()
+        model.load_state_dict(clean)
+        facts = quantize(model, method, bits, group, calibration) if method != "none" else {}
+        row = {
+            "method": method, "bits": bits, "group": group, "quantize_seconds": time.monotonic() - began, **facts,
+            "stored_bits": stored_bits(model, method, bits, group) if method != "none" else 16.0,
+            "calibration_tokens": calibration.numel() if method.startswith(("gptq", "awq")) else 0,
+            "wiki": evaluate(model, original, windows_of(tokens["wiki"], 2048, a.wiki_windows)),
+            "web": evaluate(model, original, windows_of(tokens["evalweb"], 2048, a.web_windows)),
+        }  # fmt: skip
+        done.put(row)
+    done.put(None)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--tokens", type=Path)
+    parser.add_argument("--calibration", type=Path)
+    parser.add_argument("--wiki", type=Path)
+    parser.add_argument("--web", type=Path)
+    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--bits", default="4,3,2")
+    parser.add_argument("--groups", default="64,128")
+    parser.add_argument("--windows", type=int, default=128, help="calibration windows")
+    parser.add_argument("--length", type=int, default=1024, help="tokens per calibration window")
+    parser.add_argument("--wiki-windows", type=int, default=24)
+    parser.add_argument("--web-windows", type=int, default=12)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--json", type=Path)
+    a = parser.parse_args()
+    if a.tokens is None and None in (a.calibration, a.wiki, a.web):
+        parser.error("give --tokens, or --calibration, --wiki and --web")
+    context = multiprocessing.get_context("spawn")
+    todo, done = context.Queue(), context.Queue()
+    chosen = [
+        (method, int(bits), int(group))
+        for method in sorted(a.methods.split(","), key=METHODS.index, reverse=True)
+        for bits in a.bits.split(",")
+        for group in a.groups.split(",")
+    ]
+    for task in [("none", 16, 0), *chosen, *[None] * a.workers]:
+        todo.put(task)
+    processes = [context.Process(target=worker, args=(a, todo, done)) for _ in range(a.workers)]
+    for process in processes:
+        process.start()
+    name = torch.cuda.get_device_name() if a.device.startswith("cuda") else "CPU"
+    print(f"{name}, torch {torch.__version__}")
+    print(f"{'method':10s} {'b':>2s} {'g':>4s} {'stored':>7s} |{'wiki ppl':>10s}{'KL':>8s}{'top-1':>7s} |"
+          f"{'web ppl':>10s}{'KL':>8s}{'top-1':>7s} | s")  # fmt: skip
+    rows: list[dict[str, Any]] = []
+    running = len(processes)
+    while running:
+        try:
+            row = done.get(timeout=5)
+        except Exception:
+            running = min(running, sum(process.is_alive() for process in processes))
+            continue
+        if row is None:
+            running -= 1
+            continue
+        rows.append(row)
+        cells = " |".join(
+            f"{r['perplexity']:10.2f}{r['kl']:8.4f}{r['top1']:7.3f}" for r in (row["wiki"], row["web"])
+        )
+        note = (
+            f" GPTQ/RTN layer loss {row['loss_ratio']:.3f}, largest {row['largest_ratio']:.3f}"
+            if "linears" in row
+            else ""
+        )
+        print(f"{row['method']:10s} {row['bits']:2d} {row['group']:4d} {row['stored_bits']:7.4f} |{cells} |"
+              f"{row['quantize_seconds']:6.1f}{note}", flush=True)  # fmt: skip
+        if a.json:
+            a.json.write_text(json.dumps(rows, indent=1))
+    if any(process.exitcode for process in processes):
+        raise SystemExit("a worker failed")
+
+
+if __name__ == "__main__":
+    main()
