@@ -26,7 +26,9 @@ def rivals() -> ModuleType:
 def layer(rows: int, columns: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """A weight and a correlated input gram with a few large channels."""
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(2 * columns, columns, generator=generator) @ torch.randn(columns, columns, generator=generator)
+    x = torch.randn(2 * columns, columns, generator=generator) @ torch.randn(
+        columns, columns, generator=generator
+    )
     x[:, :3] *= 10
     return torch.randn(rows, columns, generator=generator), x.T.double() @ x.double() / len(x)
 
