@@ -237,8 +237,22 @@ def test_known_to_the_harness(folder: Path) -> None:
     from liftc.driver.lm_eval import LiftcLM
 
     assert get_model("liftc") is LiftcLM
-    made = LiftcLM.create_from_arg_string(f"path={folder},max_length=32", {"batch_size": 1, "device": None})
+    made = LiftcLM.create_from_arg_string(f"path={folder},max_length=32", {"batch_size": 1, "device": "cpu"})
     assert made.max_length == 32 and made.prefix_token_id == 94 and made.eot_token_id == 92
+
+
+def test_default_device_of_the_harness(folder: Path) -> None:
+    pytest.importorskip("lm_eval")
+    from liftc.driver.lm_eval import LiftcLM
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has the device the harness asks for")
+    made = LiftcLM.create_from_arg_obj({"path": folder}, {"device": "cuda:0", "max_batch_size": None})
+    assert made.device == torch.device("cpu")
+    assert (
+        LiftcLM.create_from_arg_obj({"path": folder, "device": "cpu"}, {"device": "cuda:7"}).device.type
+        == "cpu"
+    )
 
 
 def test_models_without_an_end_token(model_folder: Path, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from liftc.runtime.tokenizer import Tokenizer
 try:
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
-    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 except ImportError as _error:
     raise LiftcError("tasks need lm-evaluation-harness: pip install 'liftc[lm-eval]'") from _error
 
@@ -75,6 +75,24 @@ class LiftcLM(TemplateLM):  # type: ignore[misc]
             raise LiftcError(
                 f"{path} names no end-of-sequence token, which tasks need; add it to config.json"
             )
+
+    @classmethod
+    def create_from_arg_obj(
+        cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
+    ) -> LiftcLM:
+        """What the harness's command line calls. It states the device "cuda:0" where its user stated none:
+        without a GPU, that means the artifact's own device. A device among the model arguments comes first."""
+        stated = {k: v for k, v in (additional_config or {}).items() if v is not None}
+        if str(stated.get("device")).startswith("cuda") and not torch.cuda.is_available():
+            del stated["device"]
+        return cls(**{**stated, **arg_dict})
+
+    @classmethod
+    def create_from_arg_string(
+        cls, arg_string: str, additional_config: dict[str, Any] | None = None
+    ) -> LiftcLM:
+        """create_from_arg_obj for "key=value,key=value"."""
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
     @property
     def eot_token_id(self) -> int:
