@@ -360,7 +360,7 @@ def run(a: argparse.Namespace) -> None:
     context = multiprocessing.get_context("spawn")
     todo, done = context.Queue(), context.Queue()
     for task in tasks():
-        if not a.only or task.group in a.only.split(","):
+        if task.group in a.only.split(",") and (not a.formats or task.name in a.formats.split(",")):
             todo.put(task)
     time.sleep(0.5)
     processes = [context.Process(target=worker, args=(a, todo, done, deadline)) for _ in range(a.workers)]
@@ -407,7 +407,8 @@ def main() -> None:
     second.add_argument("--metrics", type=Path, required=True)
     second.add_argument("-o", "--output", type=Path, required=True)
     second.add_argument("--device", default="cuda")
-    second.add_argument("--only", default="", help="groups: structure,metric,schedule")
+    second.add_argument("--only", default="schedule,metric,structure", help="groups of tasks")
+    second.add_argument("--formats", default="", help="for example 64/32,77/32; default: all")
     second.add_argument("--workers", type=int, default=6)
     second.add_argument("--seconds", type=float, default=150.0, help="start no task after this time")
     second.set_defaults(action=run)

@@ -34,12 +34,17 @@ class GraphModel(nn.Module):
         for index, tensor in enumerate(tensors.values()):
             self.register_buffer(f"tensor_{index}", tensor, persistent=False)
 
-    def forward(self, *inputs: torch.Tensor) -> Any:
-        """Run the forward graph; a wrong number of inputs raises LiftcError."""
+    def forward(self, *inputs: torch.Tensor, **named: torch.Tensor) -> Any:
+        """Run the forward graph on inputs in its order or by name, as in `model(input_ids, attention_mask=mask)`.
+
+        Inputs go to the model's device. Raises LiftcError for one that is missing, unknown or given twice.
+        """
         graph = self.graphs["forward"]
-        if len(inputs) != len(graph.inputs):
-            raise LiftcError(f"this model takes {len(graph.inputs)} inputs {graph.inputs}, got {len(inputs)}")
-        return graph.call(*inputs)
+        given = {**dict(zip(graph.inputs, inputs)), **named}
+        if len(given) != len(inputs) + len(named) or set(given) != set(graph.inputs):
+            told = f"{len(inputs)} in order" + (f" and {sorted(named)} by name" if named else "")
+            raise LiftcError(f"this model takes the inputs {list(graph.inputs)}, each once; got {told}")
+        return graph.call(*(given[name].to(self.device) for name in graph.inputs))
 
 
 class CausalLM(GraphModel):
@@ -57,10 +62,11 @@ class CausalLM(GraphModel):
         values: Iterable[Any] = value if isinstance(value, (list, tuple)) else (value,)
         return tuple(int(v) for v in values if v is not None)
 
-    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+    def forward(self, *inputs: torch.Tensor, **named: torch.Tensor) -> torch.Tensor:
         """Logits of every position: input_ids int64 (T,) or (1, T) -> (1, T, vocab) in the model's dtype."""
-        (ids,) = inputs
-        ids = self._ids(ids)
+        if len(inputs) + len(named) != 1 or named.keys() - {"input_ids"}:
+            raise LiftcError("this model takes input_ids, and nothing else; it keeps masks and caches itself")
+        ids = self._ids(*inputs, *named.values())
         cache = KVCache(self.graphs["prefill"], max(2, ids.shape[1]))
         return self._prefill(ids, torch.arange(ids.shape[1], device=self.device), cache)
 
