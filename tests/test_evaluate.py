@@ -173,6 +173,8 @@ def test_eval_refuses(artifact: Path, model_folder: Path, text_file: Path, tmp_p
         evaluate_artifact(artifact, [text_file, short], context=16)
     with pytest.raises(LiftcError, match="--ctx must be at least 2"):
         evaluate_artifact(artifact, [text_file], context=1)
+    with pytest.raises(LiftcError, match="--ctx 300 is longer than the 256 tokens"):
+        evaluate_artifact(artifact, [text_file], context=300)
     with pytest.raises(LiftcError, match="at least one text file"):
         evaluate_artifact(artifact, [])
 

@@ -36,9 +36,14 @@ class CalibrationInputs:
 def language_model_inputs(program: Program, folder: Path, request: CalibrationRequest) -> CalibrationInputs:
     """Token windows through the prefill graph; raises QuantizeError for sets that cannot be read or hold too
     little text, LiftcError for a model without the chat template asked for."""
-    tokenizer = Tokenizer(folder)
     length = request.length
+    tokenizer = Tokenizer(folder)
     chosen = _windows(tokenizer, request, length, tokenizer.document_marks())
+    longest = program.attrs.get("max_position_embeddings")
+    if isinstance(longest, int) and 0 < longest < length:
+        raise QuantizeError(
+            f"--calibration-length {length} is longer than the {longest} tokens this model can read"
+        )
     types = {n.name: str(n.meta["type"]) for n in program.graphs["prefill"].find_nodes(op="placeholder")}
 
     def scratch(name: str) -> torch.Tensor:

@@ -73,6 +73,8 @@ def evaluate_artifact(
     tokenizer = Tokenizer(artifact)
     cut = [_windows(tokenizer, text, context, windows) for text in texts]  # before the models are loaded
     model = load_any(artifact, dtype, device)
+    if context > model.max_length:
+        raise LiftcError(f"--ctx {context} is longer than the {model.max_length} tokens this model can read")
     original = load_any(reference, dtype, device) if reference is not None else None
     started = time.perf_counter()
     answer: dict[str, Any] = {"texts": [], "text": ""}
