@@ -11,6 +11,8 @@ from liftc.errors import QuantizeError
 Rows = Callable[[], Iterator[tuple[str, object]]]
 BATCH = 256
 """Rows decoded at once."""
+BUFFER = 1 << 20
+"""Bytes of a Parquet column read at once: a row group can be a whole file."""
 
 
 def table_pieces(path: Path, fields: tuple[str, ...]) -> list[Rows]:
@@ -35,7 +37,7 @@ def _parquet(path: Path, fields: tuple[str, ...]) -> list[Rows]:
 
     def read(group: int) -> Iterator[tuple[str, object]]:
         try:
-            with parquet.ParquetFile(path, pre_buffer=False) as file:
+            with parquet.ParquetFile(path, pre_buffer=False, buffer_size=BUFFER) as file:
                 for batch in file.iter_batches(BATCH, row_groups=[group], columns=columns):
                     yield from _rows(batch, f"{path}, row group {group}")
         except (pa.ArrowException, OSError) as error:
