@@ -14,7 +14,6 @@ from tqdm import tqdm
 from liftc.artifact import MANIFEST, read_json
 from liftc.errors import ArtifactError, LiftcError
 from liftc.program import copy_graph
-from liftc.quant.blocks import split_blocks
 from liftc.runtime.executor import KVCache
 from liftc.runtime.module import CausalLM
 from liftc.text import parse_program
@@ -65,14 +64,11 @@ class BlockProbe:
 def block_outputs(graph: Graph) -> dict[int, str]:
     """Decoder block -> name of the node that holds its output: the last activation (1, t, n) of the block that a
     later block or the head reads. Raises LiftcError for a graph without blocks."""
-    segments = split_blocks(graph)
-    place = {node: i for i, segment in enumerate(segments) for node in segment.nodes}
     found: dict[int, str] = {}
-    for i, segment in enumerate(segments):
-        leaving = [n for n in segment.nodes if any(place.get(u, len(segments)) > i for u in n.users)]
-        values = [n for n in leaving if _is_activation(n)]
-        if segment.block >= 0 and values:
-            found[segment.block] = values[-1].name
+    for node in graph.nodes:
+        block = int(node.meta.get("block", -1))
+        if block >= 0 and _is_activation(node) and any(u.meta.get("block", -1) != block for u in node.users):
+            found[block] = node.name
     if not found:
         raise LiftcError("this model has no decoder blocks to compare; leave out --layers")
     return found
