@@ -47,8 +47,8 @@ class TensorCoreKnobs:
     tokens: the most tokens of a call. warps: of a block. ring: tiles (or pairs) a warp has in flight, one more
     than it waits for. row_blocks: blocks of 16 rows, 1 or 2, that share one load of z. sets: accumulator sets per
     16 rows and 4 tokens, 1, 2, 4 or 8 (fewer: fewer registers, more shifts). chunk_blocks: blocks of 256 columns
-    whose z is in shared memory at a time. block_rows: most blocks of 16 rows of one block. loads: 16-byte
-    loads of z a lane has in flight. prefetch_tiles: tiles per warp asked into L2 behind the ring. dependent_launch:
+    in a chunk of z, z_buffers: chunks in shared memory at a time. block_rows: most blocks of 16 rows of one
+    block. prefetch_tiles: tiles per warp asked into L2 behind the ring. dependent_launch:
     start while the kernel before still runs (sm_90 on). pad_bytes: unused shared memory, to keep blocks apart.
     """
 
@@ -57,19 +57,46 @@ class TensorCoreKnobs:
     ring: int = 8
     row_blocks: int = 1
     sets: int = 8
-    chunk_blocks: int = 80
+    chunk_blocks: int = 40
+    z_buffers: int = 2
     block_rows: int = 32
-    loads: int = 4
     prefetch_tiles: int = 0
     dependent_launch: bool = False
     pad_bytes: int = 0
 
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block."""
-        planes = self.chunk_blocks * self.tokens * 512
+        planes = self.z_buffers * self.chunk_blocks * self.tokens * 512
         ring = self.warps * self.ring * self.row_blocks * 512
         sums = -(-self.tokens * (self.block_rows * 16 + 8) * 4 // 16) * 16
-        return planes + ring + sums + -(-self.tokens * 4 // 16) * 16 + self.pad_bytes
+        return planes + ring + sums + -(-self.z_buffers // 2) * 16 + self.pad_bytes
+
+    def describe(self) -> tuple[str, ...]:
+        """One text "name=value" per knob."""
+        return tuple(f"{name}={value}" for name, value in asdict(self).items())
+
+
+@dataclass(frozen=True)
+class LiftKnobs:
+    """Choices of the lift in one launch (codegen/tensorcore_lift.py).
+
+    tokens: the most of a call. rows: rows of T* x of a block. results: most values of T* x of a block and token.
+    most_left, most_right: largest factors. blocks_per_processor: for which registers are saved.
+    """
+
+    tokens: int = 1
+    rows: int = 4
+    threads: int = 256
+    results: int = 576
+    most_left: int = 256
+    most_right: int = 512
+    blocks_per_processor: int = 4
+    dependent_launch: bool = False
+
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a block."""
+        factors = (self.most_left + self.most_right + self.threads) * self.rows * 4
+        return factors + self.tokens * self.results * 4 + -(-self.tokens * 4 // 16) * 16
 
     def describe(self) -> tuple[str, ...]:
         """One text "name=value" per knob."""
@@ -88,28 +115,28 @@ SHARED_BYTES = {"ampere": 163 << 10, "ada": 99 << 10, "hopper": 227 << 10, "blac
 
 TENSOR_CORE_KNOBS: dict[str, tuple[TensorCoreKnobs, ...]] = {
     "ampere": (
-        TensorCoreKnobs(1, ring=14, chunk_blocks=80),
-        TensorCoreKnobs(4, ring=8, chunk_blocks=40),
-        TensorCoreKnobs(8, ring=8, chunk_blocks=18, sets=4),
-        TensorCoreKnobs(16, warps=8, ring=6, chunk_blocks=12, sets=4),
+        TensorCoreKnobs(1, ring=14, chunk_blocks=40),
+        TensorCoreKnobs(4, ring=8, chunk_blocks=20),
+        TensorCoreKnobs(8, ring=8, chunk_blocks=9, sets=4),
+        TensorCoreKnobs(16, warps=8, ring=6, chunk_blocks=6, sets=4),
     ),
     "ada": (
-        TensorCoreKnobs(1, ring=6, chunk_blocks=80, block_rows=40),
-        TensorCoreKnobs(4, ring=5, chunk_blocks=24),
-        TensorCoreKnobs(8, ring=4, chunk_blocks=12, sets=4),
-        TensorCoreKnobs(16, warps=8, ring=4, chunk_blocks=6, block_rows=24, sets=4),
+        TensorCoreKnobs(1, ring=6, chunk_blocks=40, block_rows=40),
+        TensorCoreKnobs(4, ring=5, chunk_blocks=12),
+        TensorCoreKnobs(8, ring=4, chunk_blocks=6, sets=4),
+        TensorCoreKnobs(16, warps=8, ring=4, chunk_blocks=3, block_rows=24, sets=4),
     ),
     "hopper": (
-        TensorCoreKnobs(1, ring=20, chunk_blocks=80, dependent_launch=True),
-        TensorCoreKnobs(4, ring=12, chunk_blocks=48, dependent_launch=True),
-        TensorCoreKnobs(8, ring=8, chunk_blocks=32, sets=4, dependent_launch=True),
-        TensorCoreKnobs(16, warps=8, ring=6, chunk_blocks=16, sets=4, dependent_launch=True),
+        TensorCoreKnobs(1, ring=20, chunk_blocks=40, dependent_launch=True),
+        TensorCoreKnobs(4, ring=12, chunk_blocks=24, dependent_launch=True),
+        TensorCoreKnobs(8, ring=8, chunk_blocks=16, sets=4, dependent_launch=True),
+        TensorCoreKnobs(16, warps=8, ring=6, chunk_blocks=8, sets=4, dependent_launch=True),
     ),
     "blackwell": (
-        TensorCoreKnobs(1, ring=6, chunk_blocks=80, block_rows=40, dependent_launch=True),
-        TensorCoreKnobs(4, ring=5, chunk_blocks=24, dependent_launch=True),
-        TensorCoreKnobs(8, ring=4, chunk_blocks=12, sets=4, dependent_launch=True),
-        TensorCoreKnobs(16, warps=8, ring=4, chunk_blocks=6, block_rows=24, sets=4, dependent_launch=True),
+        TensorCoreKnobs(1, ring=6, chunk_blocks=40, block_rows=40, dependent_launch=True),
+        TensorCoreKnobs(4, ring=5, chunk_blocks=12, dependent_launch=True),
+        TensorCoreKnobs(8, ring=4, chunk_blocks=6, sets=4, dependent_launch=True),
+        TensorCoreKnobs(16, warps=8, ring=4, chunk_blocks=3, block_rows=24, sets=4, dependent_launch=True),
     ),
 }
 """Choices per family, fewest tokens first."""

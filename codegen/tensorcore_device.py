@@ -11,8 +11,40 @@ __device__ __forceinline__ void liftc_dependent_launch() {
 """Lets the next kernel start, then waits until everything the kernels before wrote is visible."""
 
 PREFETCH = r"""
-__device__ __forceinline__ void liftc_prefetch(const void* address) {
-  asm volatile("prefetch.global.L2 [%0];" :: "l"(address));
+__device__ __forceinline__ void liftc_prefetch(const void* from, int bytes, int lane) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  if (lane == 0 && bytes > 0)
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(from), "r"(bytes) : "memory");
+#else
+  for (int at = lane * 128; at < bytes; at += 4096)
+    asm volatile("prefetch.global.L2 [%0];" :: "l"(static_cast<const char*>(from) + at));
+#endif
+}
+"""
+"""A warp asks for `bytes` (a multiple of 16) to be brought into L2."""
+
+BARRIER_INIT = r"""
+__device__ __forceinline__ void liftc_barrier_init(void* barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;"
+               :: "r"(static_cast<unsigned>(__cvta_generic_to_shared(barrier))), "r"(arrivals) : "memory");
+}
+"""
+
+BARRIER_ARRIVE = r"""
+__device__ __forceinline__ void liftc_barrier_arrive(void* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];"
+               :: "r"(static_cast<unsigned>(__cvta_generic_to_shared(barrier))) : "memory");
+}
+"""
+"""A thread arrives when the asynchronous copies it has issued so far are complete."""
+
+BARRIER_WAIT = r"""
+__device__ __forceinline__ void liftc_barrier_wait(void* barrier, int parity) {
+  const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(barrier));
+  unsigned done = 0;
+  while (!done)
+    asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                 : "=r"(done) : "r"(at), "r"(parity) : "memory");
 }
 """
 
@@ -62,13 +94,87 @@ __device__ __forceinline__ void liftc_warp_add(void* total, int value, int lane)
 }
 """
 
+WARP_MAX = r"""
+__device__ __forceinline__ void liftc_warp_max(void* highest, int value, int lane) {
+  const int top = __reduce_max_sync(0xffffffffu, value);
+  if (lane == 0) atomicMax(static_cast<int*>(highest), top);
+}
+"""
+
+LOAD_X = r"""
+__device__ __forceinline__ float liftc_load_x(const void* from, int kind) {
+  float value;
+  unsigned short half;
+  if (kind == 0) {
+    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(value) : "l"(from));
+    return value;
+  }
+  asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(half) : "l"(from));
+  if (kind == 1) asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(half));
+  else value = __uint_as_float(static_cast<unsigned>(half) << 16);
+  return value;
+}
+"""
+
+PUBLISH = r"""
+__device__ __forceinline__ void liftc_publish(void* at, int value) {
+  asm volatile("st.relaxed.gpu.global.s32 [%0], %1;" :: "l"(at), "r"(value) : "memory");
+}
+"""
+
+PUBLISHED = r"""
+__device__ __forceinline__ int liftc_published(const void* at) {
+  int value;
+  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");
+  return value;
+}
+"""
+
+GRID_SYNC = r"""
+__device__ __forceinline__ void liftc_grid_sync(void* state, int blocks) {
+  unsigned* count = static_cast<unsigned*>(state);
+  unsigned before, now;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(before) : "l"(count + 1) : "memory");
+  __threadfence();
+  if (atomicInc(count, blocks - 1) == blocks - 1) {
+    __threadfence();
+    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" :: "l"(count + 1), "r"(before + 1) : "memory");
+  } else {
+    do asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(count + 1) : "memory");
+    while (now == before);
+  }
+  __threadfence();
+}
+"""
+"""A barrier of all blocks: the counter goes back to zero by itself, the generation changes when the last arrives."""
+
+ROUND = r"""
+__device__ __forceinline__ int liftc_round(float value, int peak, void* out) {
+  const float scaled = value * (16383.0f / __int_as_float(peak));
+  const int z = fabsf(scaled) < 32000.0f && peak < 0x7f800000 ? __float2int_rn(scaled) : 0;
+  signed char* to = static_cast<signed char*>(out);
+  to[0] = static_cast<signed char>((z + 128) >> 8);
+  to[64] = static_cast<signed char>(z);
+  return z;
+}
+"""
+"""z of one value, stored as its two bytes; the peak is given by its bits."""
+
+SCALE = r"""
+__device__ __forceinline__ float liftc_scale(int peak) {
+  return __int_as_float(peak < 0x7f800000 ? peak : 0x7fc00000) / 16383.0f;
+}
+"""
+
 STORE_Y = r"""
 #include <cuda_fp16.h>
 #include <cuda_bf16.h>
-__device__ __forceinline__ void liftc_store_y(void* y, long long at, int kind, int set, int all,
-                                              const void* z_scale, float scale) {
+__device__ __forceinline__ void liftc_store_y(void* y, long long at, int kind, int set,
+                                              const void* total, const void* z_scale, float scale) {
   float token_scale;
+  int all;
   asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(token_scale) : "l"(z_scale));
+  asm volatile("ld.global.cg.s32 %0, [%1];" : "=r"(all) : "l"(total));
   const int sum = static_cast<int>(2u * static_cast<unsigned>(set) - static_cast<unsigned>(all));
   const float value = __fmul_rn(__fmul_rn(__int2float_rn(sum), token_scale), scale);
   if (kind == 0) static_cast<float*>(y)[at] = value;

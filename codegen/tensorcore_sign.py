@@ -10,8 +10,9 @@ The signs' sum is 2 p - sum z, p the sum of z over set bits; all int32 arithmeti
 value fits, so results do not depend on tiles, warps or blocks.
 
 Blocks. Block x of `grid` owns consecutive row blocks of 16 rows and all columns. The columns are cut into chunks
-whose planes of z fit shared memory; in a chunk the warps share the block's tiles evenly, each streaming through a
-ring of its own, which runs on across chunks. Nothing before the dependent-launch wait reads anything but signs.
+whose planes of z pass through a few buffers in shared memory; in a chunk the warps share the block's tiles evenly,
+each streaming through a ring of its own, which runs on across chunks. Before the dependent-launch wait a block
+reads signs only: they are in flight while the kernel before computes z.
 """
 
 from __future__ import annotations
@@ -32,16 +33,15 @@ TILE_BYTES = 512
 def sign_matmul_tiled(symbol: str, knobs: TensorCoreKnobs) -> Any:
     """PrimFunc y = cast((float32(B z) * z_scale) * output_scale), bit-identical to liftc/reference.py.
 
-    tiles int32 (NB, KB, 32, 4) in the layout of codegen/tir_tiles.py, z int16 (m, K) with m <= knobs.tokens and
-    |z| <= 16383, z_scale f32 (m, 1), output_scale f32 (OC,), y uint8 (bytes of m OC results,), then two integers:
-    grid, the number of blocks, at least ceil(NB / knobs.block_rows), and kind, 0 for float32, 1 for float16,
-    2 for bfloat16. Requires 256 KB >= K and 16 NB >= OC. z needs 16-byte alignment where K % 8 == 0.
+    tiles int32 (NB, KB, 32, 4) in the layout of codegen/tir_tiles.py, planes int8 (KB, 4, 2 knobs.tokens, 64) of
+    codegen/tensorcore_lift.py for at least m tokens, totals int32 (m,) the sums of z, z_scale f32 (m, 1),
+    output_scale f32 (OC,), y uint8 (bytes of m OC results,), then two integers: grid, the number of blocks, at
+    least ceil(NB / knobs.block_rows), and kind, 0 for float32, 1 for float16, 2 for bfloat16. 16 NB >= OC.
     """
     WARPS, RING, PAIR, SETS = knobs.warps, knobs.ring, knobs.row_blocks, knobs.sets
-    COLS = 2 * knobs.tokens  # planes of one chunk are laid out for this many columns
+    COLS = 2 * knobs.tokens
     NT = (COLS + 7) // 8
-    CHUNK = knobs.chunk_blocks
-    LOADS = knobs.loads
+    CHUNK, BUFFERS = knobs.chunk_blocks, knobs.z_buffers
     ROWS = knobs.block_rows * 16
     SUMS = ROWS + 8  # keeps the four tokens of a lane quad in different banks
     SLOT = PAIR * TILE_BYTES
@@ -49,22 +49,21 @@ def sign_matmul_tiled(symbol: str, knobs: TensorCoreKnobs) -> Any:
     SMEM = knobs.shared_bytes()
     AHEAD = knobs.prefetch_tiles
     BLOCK_BYTES = COLS * 256  # planes of 256 columns
-    DEPENDENT = knobs.dependent_launch
 
     @T.prim_func
     def function(
-        tiles_arg: T.handle, z_arg: T.handle, z_scale_arg: T.handle, scale_arg: T.handle, y_arg: T.handle,
-        grid: T.int32, kind: T.int32,
+        tiles_arg: T.handle, planes_arg: T.handle, totals_arg: T.handle, z_scale_arg: T.handle, scale_arg: T.handle,
+        y_arg: T.handle, grid: T.int32, kind: T.int32,
     ) -> None:  # fmt: skip
         T.func_attr({"tirx.noalias": True, "global_symbol": symbol})
         NB = T.int32()
         KB = T.int32()
-        K = T.int32()
         OC = T.int32()
         m = T.int32()
         size = T.int32()
         tiles = T.match_buffer(tiles_arg, (NB, KB, 32, 4), "int32", align=16)
-        z = T.match_buffer(z_arg, (m, K), "int16", align=2)
+        planes = T.match_buffer(planes_arg, (KB, 4, COLS, 64), "int8", align=16)
+        totals = T.match_buffer(totals_arg, (m,), "int32", align=4)
         z_scale = T.match_buffer(z_scale_arg, (m, 1), "float32", align=4)
         scale = T.match_buffer(scale_arg, (OC,), "float32", align=4)
         y = T.match_buffer(y_arg, (size,), "uint8", align=4)
@@ -72,28 +71,28 @@ def sign_matmul_tiled(symbol: str, knobs: TensorCoreKnobs) -> Any:
         bx = T.cta_id([grid])
         tx = T.thread_id([THREADS])
         pool = T.SMEMPool()
-        planes = pool.alloc((CHUNK * COLS * 64,), "uint32", align=16)
+        chunks = pool.alloc((BUFFERS * CHUNK * COLS * 64,), "uint32", align=16)
         ring = pool.alloc((WARPS * RING * SLOT // 4,), "uint32", align=16)
         sums = pool.alloc((knobs.tokens * SUMS,), "int32", align=16)
-        totals = pool.alloc((knobs.tokens,), "int32", align=16)
+        ready = pool.alloc((BUFFERS,), "uint64", align=16)
         pool.commit(SMEM)
         acc = T.alloc_local((PAIR * NT * SETS * 4,), "uint32")
         w = T.alloc_local((PAIR * 4,), "uint32")
         b = T.alloc_local((16,), "uint32")
-        v = T.alloc_local((LOADS * 4,), "uint32")
 
         lane: T.let[T.int32] = tx % 32
         warp: T.let[T.int32] = tx // 32
         row0: T.int32 = T.truncdiv(bx * NB, grid)
         blocks: T.int32 = T.truncdiv((bx + 1) * NB, grid) - row0
         groups: T.int32 = (blocks + (PAIR - 1)) // PAIR
-        chunk: T.int32 = (KB + CHUNK - 1) // CHUNK
-        chunk = T.truncdiv(KB + chunk - 1, chunk)  # equal chunks of at most CHUNK
+        count: T.int32 = (KB + CHUNK - 1) // CHUNK
+        chunk: T.int32 = T.truncdiv(KB + count - 1, count)  # equal chunks of at most CHUNK
+        count = T.truncdiv(KB + chunk - 1, chunk)
         base: T.let[T.int32] = row0 * KB * TILE_WORDS + lane * 4
 
         # Shared-memory addresses live in registers; a generic pointer would be converted at every use.
         ring_at: T.uint32 = T.cuda.cvta_generic_to_shared(ring.ptr_to([warp * (RING * SLOT // 4) + lane * 4]))
-        planes_at: T.uint32 = T.cuda.cvta_generic_to_shared(planes.ptr_to([lane * 4]))
+        planes_at: T.uint32 = T.cuda.cvta_generic_to_shared(chunks.ptr_to([lane * 4]))
 
         # Prefetch cursor: steps left in this chunk, column block and group of the next step, its word offset.
         p_start: T.int32 = 0
@@ -148,65 +147,55 @@ def sign_matmul_tiled(symbol: str, knobs: TensorCoreKnobs) -> Any:
             issue()
         if AHEAD > 0:  # the tiles after the ring start moving towards L2
             ahead: T.int32 = T.min(p_left, AHEAD)
-            if PAIR == 2 or chunk < KB:
+            if PAIR == 2 or count > 1:
                 ahead = T.min(ahead, p_len - p_col)
-            for i in T.serial((AHEAD + 7) // 8):
-                if i * 8 + lane // 4 < ahead:
-                    T.cuda.func_call(
-                        "liftc_prefetch",
-                        tiles.ptr_to([0, 0, 0, p_off - lane * 4 + i * 1024 + lane * 32]),
-                        source_code=device.PREFETCH,
-                    )
+            T.cuda.func_call(
+                "liftc_prefetch", tiles.ptr_to([0, 0, 0, p_off - lane * 4]), ahead * TILE_BYTES, lane,
+                source_code=device.PREFETCH,
+            )  # fmt: skip
         for i in T.serial((knobs.tokens * SUMS + THREADS - 1) // THREADS):
             if i * THREADS + tx < knobs.tokens * SUMS:
                 sums[i * THREADS + tx] = 0
-        if tx < knobs.tokens:
-            totals[tx] = 0
-        if DEPENDENT:
+        if tx < BUFFERS:
+            T.cuda.func_call(
+                "liftc_barrier_init", ready.ptr_to([tx]), THREADS, source_code=device.BARRIER_INIT
+            )
+        T.cuda.cta_sync()
+        if knobs.dependent_launch:
             T.cuda.func_call("liftc_dependent_launch", source_code=device.DEPENDENT_LAUNCH)
+
+        @T.inline
+        def fetch(which, buffer):
+            vectors: T.int32 = T.min(chunk, KB - which * chunk) * (COLS * 16)
+            for i in T.serial((vectors - tx + THREADS - 1) // THREADS):
+                T.ptx["cp.async.cg.shared.global"](
+                    chunks.ptr_to([buffer * (CHUNK * COLS * 64) + (i * THREADS + tx) * 4]),
+                    planes.ptr_to([0, 0, 0, which * chunk * BLOCK_BYTES + (i * THREADS + tx) * 16]),
+                    16,
+                )
+            T.cuda.func_call(
+                "liftc_barrier_arrive", ready.ptr_to([buffer]), source_code=device.BARRIER_ARRIVE
+            )
+
+        for c in T.serial(T.min(count, BUFFERS)):
+            fetch(c, c)
         for q in T.unroll(PAIR * NT * SETS * 4):
             acc[q] = T.uint32(0)
-        for c in T.serial(T.truncdiv(KB + chunk - 1, chunk)):
-            k0: T.int32 = c * chunk
-            length: T.int32 = T.min(chunk, KB - k0)
-            T.cuda.cta_sync()  # zeroed sums are visible; the planes of the chunk before are no longer read
-            for token in T.serial(m):
-                total: T.int32 = 0
-                for i in T.serial((length - warp + WARPS * LOADS - 1) // (WARPS * LOADS)):
-                    for u in T.unroll(LOADS):
-                        at: T.int32 = (i * LOADS + u) * WARPS + warp
-                        for e in T.unroll(4):
-                            v[u * 4 + e] = T.uint32(0)
-                        if at < length:
-                            T.cuda.func_call(
-                                "liftc_load_z",
-                                z.ptr_to([token, 0]), (k0 + at) * 256 + lane * 8, K,
-                                v.ptr_to([u * 4]),
-                                source_code=device.LOAD_Z,
-                            )  # fmt: skip
-                    for u in T.unroll(LOADS):
-                        at2: T.int32 = (i * LOADS + u) * WARPS + warp
-                        if at2 < length:
-                            total = total + T.cuda.func_call(
-                                "liftc_store_planes",
-                                v[u * 4], v[u * 4 + 1], v[u * 4 + 2], v[u * 4 + 3],
-                                planes.ptr_to(
-                                    [at2 * (COLS * 64) + lane // 8 * (COLS * 16) + token * 32 + lane % 8 * 2]
-                                ),
-                                source_code=device.STORE_PLANES,
-                                return_type="int32",
-                            )  # fmt: skip
-                T.cuda.func_call(
-                    "liftc_warp_add", totals.ptr_to([token]), total, lane, source_code=device.WARP_ADD
-                )
-            T.cuda.cta_sync()
+        for c in T.serial(count):
+            length: T.int32 = T.min(chunk, KB - c * chunk)
+            T.cuda.func_call(
+                "liftc_barrier_wait",
+                ready.ptr_to([c % BUFFERS]),
+                c // BUFFERS % 2,
+                source_code=device.BARRIER_WAIT,
+            )
             step = warp * (groups * length) // WARPS
             stop: T.int32 = (warp + 1) * (groups * length) // WARPS
             while step < stop:
                 group: T.int32 = T.truncdiv(step, length)
                 col: T.int32 = step - group * length
                 run: T.int32 = T.min(length - col, stop - step)
-                z_at: T.uint32 = planes_at + T.Cast("uint32", col * BLOCK_BYTES)
+                z_at: T.uint32 = planes_at + T.Cast("uint32", (c % BUFFERS * CHUNK + col) * BLOCK_BYTES)
                 for i in T.serial(run):
                     T.ptx["cp.async.wait_group"](RING - 2)
                     for p in T.unroll(PAIR):
@@ -267,6 +256,9 @@ def sign_matmul_tiled(symbol: str, knobs: TensorCoreKnobs) -> Any:
                 for q in T.unroll(PAIR * NT * SETS * 4):
                     acc[q] = T.uint32(0)
                 step = step + run
+            if c + BUFFERS < count:
+                T.cuda.cta_sync()
+                fetch(c + BUFFERS, c % BUFFERS)
         T.cuda.cta_sync()
         for token in T.serial(m):
             for i in T.serial((blocks * 16 - tx + THREADS - 1) // THREADS):
@@ -275,7 +267,7 @@ def sign_matmul_tiled(symbol: str, knobs: TensorCoreKnobs) -> Any:
                     T.cuda.func_call(
                         "liftc_store_y",
                         y.ptr_to([0]), T.Cast("int64", token) * OC + (row0 * 16 + row), kind,
-                        sums[token * SUMS + row], totals[token], z_scale.ptr_to([token, 0]),
+                        sums[token * SUMS + row], totals.ptr_to([token]), z_scale.ptr_to([token, 0]),
                         scale[row0 * 16 + row],
                         source_code=device.STORE_Y,
                     )  # fmt: skip

@@ -18,11 +18,12 @@ struct Index3 { int x, y, z; };
 static Index3 threadIdx, blockIdx;
 
 namespace block {
-struct Fiber { ucontext_t context; std::vector<char> stack; Index3 index; bool done; };
+struct Fiber { ucontext_t context; std::vector<char> stack; Index3 index, where; bool done; };
 struct Meeting { int size = 0, arrived = 0; long round = 0; int values[32]; };
 static std::vector<Fiber> fibers;
 static std::vector<Meeting> warps;
-static Meeting all;
+static std::vector<Meeting> blocks;
+static int block_threads;
 static ucontext_t scheduler;
 static int current;
 static std::function<void()> body;
@@ -30,8 +31,6 @@ static std::function<void()> body;
 inline void give_way() {
   int self = current;
   swapcontext(&fibers[self].context, &scheduler);
-  current = self;
-  threadIdx = fibers[self].index;
 }
 inline void meet(Meeting& meeting) {
   long round = meeting.round;
@@ -46,17 +45,20 @@ inline void enter() {
   fibers[current].done = true;
   swapcontext(&fibers[current].context, &scheduler);
 }
-inline void run_one(Index3 where, Index3 threads, std::function<void()> kernel) {
+inline void run_together(const std::vector<Index3>& which, Index3 threads, std::function<void()> kernel) {
   body = kernel;
-  int count = threads.x * threads.y;
+  block_threads = threads.x * threads.y;
+  int count = block_threads * int(which.size());
   fibers.assign(count, Fiber());
   warps.assign((count + 31) / 32, Meeting());
-  all = Meeting();
-  all.size = count;
+  blocks.assign(which.size(), Meeting());
+  for (Meeting& meeting : blocks) meeting.size = block_threads;
   for (int t = 0; t < count; ++t) {
     Fiber& fiber = fibers[t];
     ++warps[t / 32].size;
-    fiber.index = {t % threads.x, t / threads.x, 0};
+    int in_block = t % block_threads;
+    fiber.index = {in_block % threads.x, in_block / threads.x, 0};
+    fiber.where = which[t / block_threads];
     fiber.done = false;
     fiber.stack.resize(1 << 15);
     getcontext(&fiber.context);
@@ -64,7 +66,6 @@ inline void run_one(Index3 where, Index3 threads, std::function<void()> kernel) 
     fiber.context.uc_stack.ss_size = fiber.stack.size();
     makecontext(&fiber.context, enter, 0);
   }
-  blockIdx = where;
   for (bool left = true; left;) {
     left = false;
     for (int t = 0; t < count; ++t) {
@@ -72,17 +73,18 @@ inline void run_one(Index3 where, Index3 threads, std::function<void()> kernel) 
       left = true;
       current = t;
       threadIdx = fibers[t].index;
+      blockIdx = fibers[t].where;
       swapcontext(&scheduler, &fibers[t].context);
     }
   }
 }
 inline void run(Index3 grid, Index3 threads, std::function<void()> kernel) {
   for (int b = 0; b < grid.x * grid.y * grid.z; ++b)
-    run_one({b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y}, threads, kernel);
+    run_together({{b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y}}, threads, kernel);
 }
 }  // namespace block
 
-inline void __syncthreads() { block::meet(block::all); }
+inline void __syncthreads() { block::meet(block::blocks[block::current / block::block_threads]); }
 inline uint __activemask() { return ~0u; }
 inline int __shfl_down_sync(uint, int value, int delta, int) {
   block::Meeting& warp = block::warps[block::current / 32];

@@ -13,31 +13,38 @@
 #define __restrict__
 using std::min;
 using uchar = unsigned char;
-alignas(64) static uchar pool_buf_ptr[1 << 18];
+constexpr int POOL = 1 << 18;
+static std::vector<std::vector<uint64_t>> pools;  // shared memory of every block that runs
+inline uchar* pool_of_block() { return reinterpret_cast<uchar*>(pools[block::current / block::block_threads].data()); }
+#define pool_buf_ptr pool_of_block()
 
 namespace warp {
 struct Copy { uint32_t to; const void* from; };
 struct Pipe { std::vector<Copy> open; std::deque<std::vector<Copy>> groups; };
 static std::map<int, Pipe> pipes;
 static uint32_t a[64][32][4], b[64][32][2];
-static const uchar *tiles_begin, *tiles_end, *z_begin, *z_end;  // what global reads may touch
+static const uchar *begin, *end;  // what asynchronous copies and prefetches may touch besides `tiles`
+static const uchar *tiles_begin, *tiles_end;
 static long bad_reads;
 
 inline void copy(const Copy& c) { std::memcpy(pool_buf_ptr + c.to, c.from, 16); }
 inline void flush(std::vector<Copy>& group) { for (const Copy& c : group) copy(c); group.clear(); }
-inline bool inside(const void* p, size_t size, const uchar* begin, const uchar* end) {
+inline bool inside(const void* p, size_t size) {
   const uchar* at = static_cast<const uchar*>(p);
-  if (at >= begin && at + size <= end) return true;
+  if (at >= begin && at + size <= end || at >= tiles_begin && at + size <= tiles_end) return true;
   ++bad_reads;
   return false;
 }
-inline void begin_block() { pipes.clear(); std::memset(pool_buf_ptr, 0xA5, sizeof pool_buf_ptr); }
+inline void begin_blocks(int count) {
+  pipes.clear();
+  pools.assign(count, std::vector<uint64_t>(POOL / 8, 0xA5A5A5A5A5A5A5A5));
+}
 }  // namespace warp
 
 inline uint32_t tvm_builtin_cuda_cvta_generic_to_shared(void* p) { return uint32_t(static_cast<uchar*>(p) - pool_buf_ptr); }
 inline void tvm_builtin_cuda_cta_sync() { __syncthreads(); }
 inline void tvm_builtin_ptx_cp_async_cg_async_cg_shared_global_16(uint32_t to, const void* from) {
-  if (!warp::inside(from, 16, warp::tiles_begin, warp::tiles_end)) return;
+  if (!warp::inside(from, 16)) return;
 #ifdef EARLY_COPIES
   warp::copy({to, from});
 #else
@@ -115,15 +122,55 @@ inline int __reduce_add_sync(uint, int value) {
 inline void atomicAdd(int* at, int value) { *at = int(uint32_t(*at) + uint32_t(value)); }
 inline uint32_t __shfl_sync(uint32_t, uint32_t value, int, int) { return value; }
 inline void liftc_dependent_launch() {}
-inline void liftc_prefetch(const void* at) { warp::inside(at, 16, warp::tiles_begin, warp::tiles_end); }
+inline void liftc_prefetch(const void* from, int bytes, int lane) {
+  if (lane == 0 && bytes > 0) warp::inside(from, bytes);
+}
+inline int __reduce_max_sync(uint, int value) {
+  block::Meeting& group = block::warps[block::current / 32];
+  group.values[block::current % 32] = value;
+  block::meet(group);
+  int top = *std::max_element(group.values, group.values + 32);
+  block::meet(group);
+  return top;
+}
+inline void atomicMax(int* at, int value) { *at = std::max(*at, value); }
+inline int __float2int_rn(float value) { return int(std::nearbyint(value)); }
+inline float __int_as_float(int bits) { float value; std::memcpy(&value, &bits, 4); return value; }
+
+struct Barrier { int16_t arrivals, pending; int32_t phase; };  // as wide as an mbarrier
+inline void liftc_barrier_init(void* at, int arrivals) {
+  *static_cast<Barrier*>(at) = {int16_t(arrivals), int16_t(arrivals), 0};
+}
+inline void liftc_barrier_arrive(void* at) {  // the copies issued so far land now
+  warp::Pipe& pipe = warp::pipes[block::current];
+  for (std::vector<warp::Copy>& group : pipe.groups) warp::flush(group);
+  warp::flush(pipe.open);
+  Barrier& barrier = *static_cast<Barrier*>(at);
+  if (--barrier.pending == 0) barrier.pending = barrier.arrivals, ++barrier.phase;
+}
+inline void liftc_barrier_wait(void* at, int parity) {
+  while (static_cast<Barrier*>(at)->phase % 2 == parity) block::give_way();
+}
 inline void liftc_load_z(const void* row, int column, int columns, void* out) {
   for (int i = 0; i < 8; ++i)
     if (column + i < columns) {
       const int16_t* at = static_cast<const int16_t*>(row) + column + i;
-      if (warp::inside(at, 2, warp::z_begin, warp::z_end)) std::memcpy(static_cast<int16_t*>(out) + i, at, 2);
+      if (warp::inside(at, 2)) std::memcpy(static_cast<int16_t*>(out) + i, at, 2);
     }
 }
-inline void liftc_store_y(void* y, long long at, int, int set, int all, const void* z_scale, float scale) {
-  float sum = float(int(2u * uint32_t(set) - uint32_t(all)));
+inline float liftc_load_x(const void* from, int) { return *static_cast<const float*>(from); }
+inline void liftc_publish(void* at, int value) { *static_cast<int*>(at) = value; }
+inline int liftc_published(const void* at) { return *static_cast<const int*>(at); }
+inline void liftc_grid_sync(void* state, int blocks) {
+  int* count = static_cast<int*>(state);
+  int before = count[1];
+  if (++count[0] == blocks) {
+    count[0] = 0;
+    ++count[1];
+  }
+  while (count[1] == before) block::give_way();
+}
+inline void liftc_store_y(void* y, long long at, int, int set, const void* total, const void* z_scale, float scale) {
+  float sum = float(int(2u * uint32_t(set) - uint32_t(*static_cast<const int*>(total))));
   static_cast<float*>(y)[at] = (sum * *static_cast<const float*>(z_scale)) * scale;
 }
