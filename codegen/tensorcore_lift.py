@@ -22,10 +22,11 @@ def lift_planes(symbol: str, dtype: str, knobs: LiftKnobs) -> Any:
     """PrimFunc x -> planes, totals, z_scale; z as in liftc/reference.py up to the order of float32 sums.
 
     x `dtype` (m, IC), in_scale f32 (IC,) or (1,) for none, left f32 (t1, t1), right f32 (t2, C) -> planes int8
-    (KB, 4, COLS, 64), totals int32 (m,) the sums of z, z_scale f32 (m, 1). state int32: a counter and a
-    generation (zero before the first launch, used by one launch at a time), from 16 on room for the peaks of
-    every block and token. grid: ceil(t1 / knobs.rows) x col_blocks blocks, all resident at once, of knobs.rows
-    rows and ceil(C / col_blocks) columns of T* x. Limits: knobs.accepts.
+    (KB, 4, COLS, 64), totals int32 (m,) the sums of z, z_scale f32 (m, 1). state int32 (16,): a counter and a
+    generation, zero before the first launch and used by one launch at a time. found int32 (at least grid m,):
+    scratch. grid: ceil(t1 / knobs.rows) x col_blocks blocks of knobs.rows rows and ceil(C / col_blocks) columns of
+    T* x, all resident at once. Limits: t1 <= most_left, t2 <= most_right, m <= tokens, columns of a block <=
+    threads and times rows <= results.
 
     A block mixes its rows with all of x, projects them on its columns, keeps the results in shared memory, waits
     until every block has published its peak, and rounds.
@@ -36,7 +37,8 @@ def lift_planes(symbol: str, dtype: str, knobs: LiftKnobs) -> Any:
     @T.prim_func
     def function(
         x_arg: T.handle, in_scale_arg: T.handle, left_arg: T.handle, right_arg: T.handle, planes_arg: T.handle,
-        totals_arg: T.handle, z_scale_arg: T.handle, state_arg: T.handle, grid: T.int32, col_blocks: T.int32,
+        totals_arg: T.handle, z_scale_arg: T.handle, state_arg: T.handle, found_arg: T.handle, grid: T.int32,
+        col_blocks: T.int32,
     ) -> None:  # fmt: skip
         T.func_attr({"tirx.noalias": True, "global_symbol": symbol})
         m = T.int32()
@@ -47,7 +49,7 @@ def lift_planes(symbol: str, dtype: str, knobs: LiftKnobs) -> Any:
         C = T.int32()
         KB = T.int32()
         COLS = T.int32()
-        words = T.int32()
+        room = T.int32()
         x = T.match_buffer(x_arg, (m, IC), dtype, align=2)
         in_scale = T.match_buffer(in_scale_arg, (SC,), "float32", align=4)
         left = T.match_buffer(left_arg, (t1, t1), "float32", align=4)
@@ -55,7 +57,8 @@ def lift_planes(symbol: str, dtype: str, knobs: LiftKnobs) -> Any:
         planes = T.match_buffer(planes_arg, (KB, 4, COLS, 64), "int8", align=16)
         totals = T.match_buffer(totals_arg, (m,), "int32", align=4)
         z_scale = T.match_buffer(z_scale_arg, (m, 1), "float32", align=4)
-        state = T.match_buffer(state_arg, (words,), "int32", align=4)
+        state = T.match_buffer(state_arg, (16,), "int32", align=4)
+        found = T.match_buffer(found_arg, (room,), "int32", align=4)
         T.device_entry()
         bx = T.cta_id([grid])
         tx = T.thread_id([THREADS])
@@ -162,7 +165,7 @@ def lift_planes(symbol: str, dtype: str, knobs: LiftKnobs) -> Any:
             T.cuda.cta_sync()
         if tx < m:
             T.cuda.func_call(
-                "liftc_publish", state.ptr_to([16 + bx * m + tx]), peaks[tx], source_code=device.PUBLISH
+                "liftc_publish", found.ptr_to([bx * m + tx]), peaks[tx], source_code=device.PUBLISH
             )
         T.cuda.cta_sync()
         if tx == 0:
@@ -174,7 +177,7 @@ def lift_planes(symbol: str, dtype: str, knobs: LiftKnobs) -> Any:
                 highest = T.max(
                     highest,
                     T.cuda.func_call(
-                        "liftc_published", state.ptr_to([16 + (i * THREADS + tx) * m + token]),
+                        "liftc_published", found.ptr_to([(i * THREADS + tx) * m + token]),
                         source_code=device.PUBLISHED, return_type="int32",
                     ),
                 )  # fmt: skip

@@ -194,7 +194,8 @@ def test_lift_planes_is_within_one_step(
     left, right = torch.randn(t1, t1, generator=g), torch.randn(t2, lifted, generator=g)
     in_scale = torch.rand(in_features, generator=g) + 0.5 if scaled else torch.ones(1)
     blocks, row_blocks = -(-width // 256), -(-t1 // LIFT.rows)
-    state = torch.zeros(16 + tokens * row_blocks * col_blocks, dtype=torch.int32)
+    state = torch.zeros(16, dtype=torch.int32)
+    found = torch.full((tokens * row_blocks * col_blocks,), 99, dtype=torch.int32)
     for _ in range(2):  # the state is ready for the next launch
         planes = torch.full((blocks, 4, 8, 64), 99, dtype=torch.int8)
         totals, z_scale = torch.full((tokens,), 99, dtype=torch.int32), torch.full((tokens, 1), 99.0)
@@ -202,7 +203,7 @@ def test_lift_planes_is_within_one_step(
             "lift_planes", row_blocks * col_blocks, LIFT.threads, (x, x), x=x, in_scale=in_scale, left=left,
             right=right, planes=planes, totals=totals, z_scale=z_scale, state=state, grid=row_blocks * col_blocks,
             col_blocks=col_blocks, m=tokens, IC=in_features, SC=in_scale.numel(), t1=t1, t2=t2, C=lifted, KB=blocks,
-            COLS=8, words=state.numel(),
+            COLS=8, found=found, room=found.numel(),
         )  # fmt: skip
         z = z_of(planes, tokens, width)
         want, want_scale = reference.lift(x, in_scale if scaled else None, left, right)
