@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,8 +24,10 @@ def _compile(a: argparse.Namespace) -> Answer:
         cpu=a.cpu, calibration=a.calibration, calibration_windows=a.calibration_windows,
         calibration_length=a.calibration_length, calibration_tokens=a.calibration_tokens,
         calibration_field=a.calibration_field, chat_template=a.chat_template, chat_wrap=a.chat_wrap,
-        effort=a.effort, beam=a.beam, damp=a.damp, seed=a.seed, dtype=a.dtype,
-        include=a.include, exclude=a.exclude, dump_ir=a.dump_ir, overwrite=a.overwrite, progress=not a.quiet,
+        effort=a.effort, beam=a.beam, epochs=a.epochs, dense_epochs=a.dense_epochs, tune_epochs=a.tune_epochs,
+        damp=a.damp, seed=a.seed, dtype=a.dtype, include=a.include, exclude=a.exclude, dump_ir=a.dump_ir,
+        overwrite=a.overwrite, resume=a.resume, quantize_only=a.quantize_only, device=a.device,
+        activation_memory=a.activation_memory, progress=not a.quiet,
         command=tuple(sys.argv[1:]),
     )  # fmt: skip
     return compile_summary(a.model, a.output, options)
@@ -110,11 +113,7 @@ def build_parser() -> argparse.ArgumentParser:
     c.add_argument("-arch", "--arch", action="append", metavar="sm_XX", help="CUDA architectures; repeatable")
     c.add_argument("--cpu", default="native", help="CPU level: native, x86-64-v2, x86-64-v3, x86-64-v4")
     _add_calibration(c)
-    c.add_argument(
-        "--effort", choices=("fast", "balanced", "best"), default="balanced", help="beam width 16, 64 or 1024"
-    )
-    c.add_argument("--beam", type=int, help="beam width of the encoder, instead of the effort's")
-    c.add_argument("--damp", type=float, default=0.01, help="damping of the input gram (default 0.01)")
+    _add_quantization(c)
     c.add_argument(
         "--dtype", choices=("bfloat16", "float16", "float32"), help="activations (default: the model's)"
     )
@@ -123,6 +122,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     c.add_argument("--exclude", metavar="REGEX", help="keep matching linears as they are")
     c.add_argument("--seed", type=int, default=0)
+    c.add_argument(
+        "--resume", action="store_true", help="continue an interrupted run; refuse if anything changed since"
+    )
+    c.add_argument(
+        "--quantize-only",
+        action="store_true",
+        help="stop before kernels are built; the same command continues",
+    )
     c.add_argument("--dump-ir", type=Path, metavar="DIR", help="write the program after every pass")
     c.add_argument(
         "--overwrite", action="store_true", help="replace an existing artifact once the new one is done"
@@ -201,9 +208,35 @@ def _add_calibration(c: Any) -> None:
         "--chat-wrap", action="store_true", help="with --chat-template, also make plain texts a user's turn"
     )
     amount = c.add_mutually_exclusive_group()
-    amount.add_argument("--calibration-windows", type=int, default=64, help="number of windows (default 64)")
+    amount.add_argument("--calibration-windows", type=int, metavar="N", help="number (default: the effort's)")
     amount.add_argument("--calibration-tokens", type=_tokens, metavar="N", help="a budget: 5000, 32k, 1M")
     c.add_argument("--calibration-length", type=int, default=512, help="tokens per window (default 512)")
+
+
+def _add_quantization(c: argparse.ArgumentParser) -> None:
+    c.add_argument(
+        "--effort",
+        choices=("fast", "balanced", "best"),
+        default="balanced",
+        help="signs only; with block correction; with dense training and end-to-end tuning too",
+    )
+    for option, text in (
+        ("--beam", "beam width of the encoder"),
+        ("--epochs", "passes of block correction over the calibration set"),
+        ("--dense-epochs", "passes that train the weights of a block still dense"),
+        ("--tune-epochs", "passes of end-to-end tuning (holds the whole model)"),
+    ):
+        c.add_argument(option, type=int, metavar="N", help=f"{text}, instead of the effort's")
+    c.add_argument("--damp", type=float, default=0.01, help="damping of the input gram (default 0.01)")
+    c.add_argument(
+        "--device", choices=("cuda", "cpu"), help="where to quantize (default: a GPU where there is one)"
+    )
+    c.add_argument(
+        "--activation-memory",
+        type=_bytes,
+        metavar="SIZE",
+        help="hidden states held in memory before they go to disk: 500M, 16G (default: no limit)",
+    )
 
 
 def _add_lattice(commands: Any) -> None:
@@ -239,6 +272,13 @@ def _number(text: str) -> float:
         return float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number; give bits such as 2.4") from None
+
+
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)i?B?", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"expected a size such as 500M or 16G, got {text!r}")
+    return int(float(match[1]) * 1024 ** " kMGT".index(match[2] or " "))
 
 
 def _tokens(text: str) -> int:

@@ -14,7 +14,8 @@ from torch.fx import Graph
 from liftc import reference
 from liftc.errors import QuantizeError
 from liftc.format import LiftFormat
-from liftc.quant.blocks import BlockRunner, split_blocks
+from liftc.quant.blocks import BlockRunner
+from liftc.quant.segments import split_blocks
 from liftc.quant.calibration import cut_windows, read_text, spread_windows
 from liftc.quant.ldlq import feedback_factor, quantize_group
 from liftc.quant.mapping import load_mapping

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from liftc.plan import Plan
-from liftc.quant.stream import Quantized
+from liftc.quant.result import Quantized
 
 
 def model_card(name: str, plan: Plan, facts: Mapping[str, Any], quantized: Quantized) -> str:
@@ -16,7 +16,9 @@ def model_card(name: str, plan: Plan, facts: Mapping[str, Any], quantized: Quant
         f"# {name}, compiled by liftc",
         "",
         f"{plan.bits_per_weight:.4f} bits per weight in the lowered linears, everything stored for them counted.",
-        f"Calibration: {facts['calibration']}. Beam {facts['beam']}, damping {facts['damp']}, seed {facts['seed']}.",
+        f"Calibration: {facts['calibration']}. Effort {facts['effort']}: beam {facts['beam']}, damping "
+        f"{facts['damp']}, seed {facts['seed']}, epochs {facts['epochs']} of block correction, "
+        f"{facts['dense_epochs']} of dense training, {facts['tune_epochs']} of end-to-end tuning.",
         "",
         "| category | bytes |",
         "|---|---:|",

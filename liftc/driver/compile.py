@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import platform
 import shutil
 import sys
@@ -22,7 +20,6 @@ from liftc.capture import Captured, capture
 from liftc.codegen.build import check_toolchain
 from liftc.driver.calibrate import (
     CalibrationInputs,
-    digest,
     encoder_inputs,
     example_module_inputs,
     language_model_inputs,
@@ -30,18 +27,17 @@ from liftc.driver.calibrate import (
 from liftc.driver.card import model_card
 from liftc.driver.inspect import inspect_artifact
 from liftc.driver.kernels import place_kernels
+from liftc.driver.quantize import EFFORTS, quantize_program
 from liftc.driver.weights import artifact_tensors
-from liftc.errors import ArtifactError, QuantizeError
+from liftc.errors import QuantizeError
 from liftc.format import LiftFormat
 from liftc.graphjson import graph_to_json
 from liftc.passes.base import PassPipeline
 from liftc.passes.pipeline import after_quantize, before_quantize
 from liftc.plan import Plan, plan_program
 from liftc.program import Program
-from liftc.quant.blocks import BlockRunner
 from liftc.quant.calibration import CalibrationRequest, budget_windows
-from liftc.quant.mapping import load_mapping
-from liftc.quant.stream import Quantized, QuantizeOptions, StreamQuantizer
+from liftc.quant.result import Quantized, QuantizeOptions
 from liftc.runtime.loader import FOLDED
 from liftc.text import print_program
 
@@ -51,10 +47,6 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 
 
-EFFORTS = {"fast": 16, "balanced": 64, "best": 1024}
-"""Beam width of the encoder by --effort; its time grows about linearly with it (docs/encoder.md)."""
-
-
 @dataclass(frozen=True)
 class CompileOptions:
     """Options of `liftc compile`; the defaults are the command line's.
@@ -62,8 +54,10 @@ class CompileOptions:
     bits: bits per weight of the signs, rounded to D/32 (2.4 unless `formats` gives one for all). formats:
     "LQ-D/d" for all linears or "REGEX=LQ-D/d" for the matching ones. targets: "llvm", "cuda". archs: "sm_89",
     ... for cuda. cpu: "native" or an x86-64 level for llvm. calibration_tokens: a budget that replaces
-    calibration_windows. effort: a key of EFFORTS, the beam width of the
-    encoder unless `beam` states one.
+    calibration_windows. effort: a key of EFFORTS, which gives calibration_windows, beam, epochs, dense_epochs
+    and tune_epochs (QuantizeOptions) where they are None. resume: refuse to start over. quantize_only: stop
+    before kernels are built; the same call without it continues, on a machine that has TVM. device: "cuda" or
+    "cpu", where quantization runs. activation_memory: bytes of hidden states held in memory.
     """
 
     bits: float | None = None
@@ -72,7 +66,7 @@ class CompileOptions:
     archs: tuple[str, ...] = ()
     cpu: str = "native"
     calibration: Path | None = None
-    calibration_windows: int = 64
+    calibration_windows: int | None = None
     calibration_length: int = 512
     calibration_tokens: int | None = None
     calibration_field: str | None = None
@@ -80,6 +74,9 @@ class CompileOptions:
     chat_wrap: bool = False
     effort: str = "balanced"
     beam: int | None = None
+    epochs: int | None = None
+    dense_epochs: int | None = None
+    tune_epochs: int | None = None
     damp: float = 0.01
     seed: int = 0
     dtype: str | None = None
@@ -87,6 +84,10 @@ class CompileOptions:
     exclude: str | None = None
     dump_ir: Path | None = None
     overwrite: bool = False
+    resume: bool = False
+    quantize_only: bool = False
+    device: str | None = None
+    activation_memory: int | None = None
     progress: bool = True
     command: tuple[str, ...] = field(default=(), compare=False)
 
@@ -94,10 +95,18 @@ class CompileOptions:
         if self.effort not in EFFORTS:
             raise QuantizeError(f"there is no effort {self.effort!r}: choose from {', '.join(EFFORTS)}")
 
-    @property
-    def beam_width(self) -> int:
-        """`beam`, or that of the effort."""
-        return EFFORTS[self.effort] if self.beam is None else self.beam
+    def quantize_options(self) -> QuantizeOptions:
+        """What the effort says, where no option of its own says otherwise."""
+        effort = EFFORTS[self.effort]
+
+        def pick(given: int | None, usual: int) -> int:
+            return usual if given is None else given
+
+        return QuantizeOptions(
+            beam=pick(self.beam, effort.beam), damp=self.damp, epochs=pick(self.epochs, effort.epochs),
+            dense_epochs=pick(self.dense_epochs, effort.dense_epochs),
+            tune_epochs=pick(self.tune_epochs, effort.tune_epochs), seed=self.seed,
+        )  # fmt: skip
 
     def formats_by_pattern(self) -> tuple[LiftFormat, dict[str, LiftFormat]]:
         """(format of all linears, regex -> format); raises FormatError and QuantizeError."""
@@ -132,39 +141,61 @@ def compile_model(
     """
     options = replace(options or CompileOptions(), **changes)
     out = Path(output)
-    default, overrides = options.formats_by_pattern()
-    quantize = QuantizeOptions(beam=options.beam_width, damp=options.damp, seed=options.seed)
+    options.formats_by_pattern(), options.quantize_options()
     partial = out.with_name(out.name + ".partial")
     recover_replaced(out, partial)
     check_output(out, overwrite=options.overwrite)
-    check_toolchain(options.targets, options.archs, options.cpu)
+    if not options.quantize_only:
+        check_toolchain(options.targets, options.archs, options.cpu)
     started = time.perf_counter()
-    captured = capture(model, example_inputs, dtype=options.dtype)
-    pipeline = before_quantize(default, overrides, include=options.include, exclude=options.exclude)
-    dump = options.dump_ir or env.dump_dir()
-    program = PassPipeline(pipeline, dump_dir=dump).apply(captured.program)
-    if not program.linears:
-        raise QuantizeError("no linear layer was selected; widen --include or drop --exclude")
-    inputs = _calibrate(captured, program, options, example_inputs)
-    _resume_or_clear(partial, _fingerprint(captured, program, inputs, quantize), announce=options.progress)
-    runner = BlockRunner(program.graphs[inputs.graph], inputs.sequences, inputs.shared, inputs.scratch)
-    quantized = StreamQuantizer(
-        program, inputs.graph, captured.checkpoint, runner, quantize, partial / "quantized"
-    ).run(progress=options.progress)
-    after = PassPipeline(after_quantize(), dump_dir=dump, first=len(pipeline) + 1)
-    lowered = after.apply(program)
+    job = prepare_job(model, options, example_inputs)
+    quantized = quantize_program(
+        job.captured, job.program, job.inputs, options.quantize_options(), partial, device=options.device,
+        activation_memory=options.activation_memory, resume=options.resume, progress=options.progress,
+    )  # fmt: skip
+    if options.quantize_only:
+        return partial
+    after = PassPipeline(after_quantize(), dump_dir=options.dump_ir or env.dump_dir(), first=job.passes + 1)
+    lowered = after.apply(job.program)
     with staging(out, partial, overwrite=options.overwrite) as stage:
-        _write(stage, captured, lowered, quantized, inputs, options)
+        _write(stage, job.captured, lowered, quantized, job.inputs, options)
     shutil.rmtree(partial, ignore_errors=True)
     if options.progress:
         print(f"compiled {out} in {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
     return out
 
 
+@dataclass(frozen=True)
+class Job:
+    """A captured model, its program before quantization (after that many passes), and its calibration set."""
+
+    captured: Captured
+    program: Program
+    inputs: CalibrationInputs
+    passes: int
+
+
+def prepare_job(
+    model: str | Path | nn.Module,
+    options: CompileOptions,
+    example_inputs: Sequence[torch.Tensor] | None = None,
+) -> Job:
+    """Everything of compile_model that comes before quantization; raises LiftcError."""
+    default, overrides = options.formats_by_pattern()
+    captured = capture(model, example_inputs, dtype=options.dtype)
+    pipeline = before_quantize(default, overrides, include=options.include, exclude=options.exclude)
+    program = PassPipeline(pipeline, dump_dir=options.dump_ir or env.dump_dir()).apply(captured.program)
+    if not program.linears:
+        raise QuantizeError("no linear layer was selected; widen --include or drop --exclude")
+    return Job(captured, program, _calibrate(captured, program, options, example_inputs), len(pipeline))
+
+
 def compile_summary(model: Path, output: Path, options: CompileOptions) -> dict[str, Any]:
     """compile_model, then what `liftc inspect` says of the result."""
     started = time.perf_counter()
     path = compile_model(model, output, options)
+    if options.quantize_only:
+        return {"work": str(path), "seconds": time.perf_counter() - started}
     return {
         "output": str(path),
         "seconds": time.perf_counter() - started,
@@ -194,7 +225,7 @@ def _write(
     facts = {
         "route": str(lowered.attrs.get("route", "graph")),
         "formats": {name: str(spec.format) for name, spec in lowered.linears.items()},
-        "beam": options.beam_width, "damp": options.damp, "seed": options.seed, "calibration": inputs.description,
+        "effort": options.effort, **asdict(options.quantize_options()), "calibration": inputs.description,
     }  # fmt: skip
     if captured.config is not None:
         write_json(
@@ -204,7 +235,7 @@ def _write(
         for name in TOKENIZER_FILES:
             if (captured.folder / name).is_file():
                 shutil.copyfile(captured.folder / name, stage / name)
-    write_json(stage / "report.json", {"linears": [asdict(row) for row in quantized.report]})
+    write_json(stage / "report.json", quantized.to_json())
     name = lowered.name if captured.folder is None else captured.folder.name
     card = model_card(name, plan, facts, quantized)
     (stage / "README.md").write_text(card, encoding="utf-8")
@@ -239,7 +270,9 @@ def _calibrate(
     example_inputs: Sequence[torch.Tensor] | None,
 ) -> CalibrationInputs:
     budget, length = options.calibration_tokens, options.calibration_length
-    windows = options.calibration_windows if budget is None else budget_windows(budget, length)
+    windows = options.calibration_windows or EFFORTS[options.effort].windows
+    if budget is not None:
+        windows = budget_windows(budget, length)
     request = CalibrationRequest(
         options.calibration, options.calibration_field, options.chat_template, options.chat_wrap, windows, length,
         options.seed,
@@ -253,49 +286,3 @@ def _calibrate(
     if captured.folder is not None:
         return encoder_inputs(program, captured.folder, request)
     raise QuantizeError("a module needs example_inputs: they trace it and calibrate it")
-
-
-def _fingerprint(
-    captured: Captured, program: Program, inputs: CalibrationInputs, quantize: QuantizeOptions
-) -> dict[str, Any]:
-    """What must not change between an interrupted compile and the one that continues it."""
-    weights = hashlib.sha256()
-    for name in program.tensors:
-        weights.update(name.encode() + digest([captured.checkpoint.tensor(name)]).encode())
-    formats = sorted({spec.format for spec in program.lifts.values()})
-    return {
-        "model": weights.hexdigest(),
-        "program": hashlib.sha256(print_program(program).encode()).hexdigest(),
-        "calibration": inputs.digest,
-        "options": asdict(quantize),
-        "mapping matrices": digest([load_mapping(fmt) for fmt in formats]),
-        "version": __version__,
-    }
-
-
-def _resume_or_clear(partial: Path, fingerprint: Mapping[str, Any], *, announce: bool) -> None:
-    """Keep the finished blocks of an interrupted run of the same compile; drop anything else."""
-    marker = partial / "fingerprint.json"
-    if partial.exists():
-        try:
-            previous = json.loads(marker.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            previous = {}
-        changed = [key for key in fingerprint if previous.get(key) != fingerprint[key]]
-        if changed and not previous and any(partial.iterdir()):
-            raise ArtifactError(
-                f"{partial} is not a liftc work folder; move it away or choose another output"
-            )
-        if changed:
-            shutil.rmtree(partial)
-            said = f"starting over: {', '.join(changed)} differ from the interrupted run in {partial}"
-        else:
-            done = len(list((partial / "quantized").glob("block-*.safetensors")))
-            said = f"continuing the interrupted run in {partial}: {done} blocks are done"
-        if announce:
-            print(said, file=sys.stderr)
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-        write_json(marker, fingerprint)
-    except OSError as error:
-        raise ArtifactError(f"cannot write {partial}: {error.strerror or error}") from error

@@ -12,7 +12,7 @@ from liftc.errors import ArtifactError
 from liftc.packing import concatenate_packed
 from liftc.program import Program
 from liftc.quant.mapping import load_mapping
-from liftc.quant.stream import Quantized
+from liftc.quant.result import Quantized
 from liftc.spec import DTYPES
 from liftc.tensor_names import output_scale_name, packed_name, packed_parts, transform_names
 
@@ -46,6 +46,8 @@ def artifact_tensors(
             value = concatenate_packed([stored(packed_name(member)) for member in parts[owner]], rows)
         elif owner in parts and name == output_scale_name(owner):
             value = torch.cat([stored(output_scale_name(member)) for member in parts[owner]])
+        elif name in where:
+            value = stored(name)
         else:
             value = checkpoint.tensor(name)
         if tuple(value.shape) != spec.shape:

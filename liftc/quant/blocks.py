@@ -1,64 +1,51 @@
 """Run a captured graph one decoder block at a time, so that only that block's weights are in memory.
 
-The call_function nodes of a graph are cut into consecutive segments: what comes before block 0, block 0,
-block 1, ..., and what comes after the last. Values that depend on the tokens (hidden states) are kept per
-sequence and only while a later segment reads them; values that do not (masks, rotary tables) are computed
-once and shared.
+Sequences of equal shape are stacked into batches. Hidden states are kept per batch, and only while a later
+segment reads them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
-from torch.fx.node import map_arg
+from torch.nn import functional
 
 from liftc.errors import QuantizeError
+from liftc.quant.activations import ActivationStore
+from liftc.quant.segments import SegmentedGraph, functional_target
 
+aten = torch.ops.aten
 Fetch = Callable[[str], torch.Tensor]
 Hook = Callable[[torch.Tensor], None]
 
 
 @dataclass(frozen=True)
-class Segment:
-    """Consecutive call_function nodes; `block` is -1 before the first block and after the last."""
+class ScaledWeight:
+    """A weight diag(scale) unit whose scale can be trained without a gradient of the whole matrix.
 
-    block: int
-    nodes: tuple[Node, ...]
-
-    @property
-    def weights(self) -> tuple[str, ...]:
-        """Names of the tensors the segment reads, each once, in order of first use."""
-        names = (str(a.target) for node in self.nodes for a in node.all_input_nodes if a.op == "get_attr")
-        return tuple(dict.fromkeys(names))
-
-
-def split_blocks(graph: Graph) -> list[Segment]:
-    """Segments of `graph` in execution order; a graph without blocks is a single segment.
-
-    Nodes between two blocks join the earlier one. Raises QuantizeError when blocks are interleaved.
+    unit: (OC, IC) in the model's dtype. scale: float32 (OC,). transposed: the graph reads the transpose.
     """
-    nodes = [node for node in graph.nodes if node.op == "call_function"]
-    blocks = [int(node.meta.get("block", -1)) for node in nodes]
-    last = max((index for index, block in enumerate(blocks) if block >= 0), default=-1)
-    segments: list[tuple[int, list[Node]]] = [(-1, [])]
-    for index, (node, block) in enumerate(zip(nodes, blocks, strict=True)):
-        current = segments[-1][0]
-        if index > last >= 0:
-            if current >= 0:
-                segments.append((-1, []))
-        elif block >= 0 and block != current:
-            if block < current:
-                raise QuantizeError(
-                    f"the blocks of this model are interleaved: {node.name} of block {block} runs after "
-                    f"block {current} began; quantize it as a plain module instead"
-                )
-            segments.append((block, []))
-        segments[-1][1].append(node)
-    return [Segment(block, tuple(members)) for block, members in segments if members]
+
+    unit: torch.Tensor
+    scale: torch.Tensor
+    transposed: bool = False
+
+    def dense(self) -> torch.Tensor:
+        """The weight as the graph reads it."""
+        weight = (self.unit * self.scale[:, None]).to(self.unit.dtype)
+        return weight.T if self.transposed else weight
+
+    def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """functional.linear with this weight; the scale is applied in float32."""
+        y = (functional.linear(x, self.unit).float() * self.scale).to(x.dtype)
+        return y if bias is None else y + bias
+
+
+Weights = Mapping[str, "torch.Tensor | ScaledWeight"]
 
 
 class BlockRunner:
@@ -66,93 +53,179 @@ class BlockRunner:
 
     sequences: one dict per sequence, placeholder name -> value that depends on the tokens. shared:
     placeholder name -> value equal for all sequences. scratch: builds a placeholder that the graph
-    overwrites (a KV cache), by name; its contents never outlive a segment.
+    overwrites (a KV cache), by name; its contents never outlive a segment. batch: sequences per call, when
+    the graph can be batched. Weights are moved to `device`, hidden states live in `store`.
     """
 
     def __init__(
         self,
         graph: Graph,
-        sequences: list[dict[str, Any]],
+        sequences: Sequence[Mapping[str, Any]],
         shared: Mapping[str, Any],
         scratch: Callable[[str], torch.Tensor],
+        *,
+        device: torch.device | str = "cpu",
+        batch: int = 1,
+        store: ActivationStore | None = None,
     ) -> None:
-        self.segments = split_blocks(graph)
+        self.device = torch.device(device)
+        names = set(sequences[0])
+        uniform = len({_shapes(sequence) for sequence in sequences}) == 1
+        self.graph = SegmentedGraph(graph, names, set(shared), uniform=uniform)
+        self.segments = self.graph.segments
+        known = self.graph.placeholders
         self._scratch_factory = scratch
-        placeholders = {node.name: node for node in graph.nodes if node.op == "placeholder"}
-        self._scratch = {
-            n for name, n in placeholders.items() if name not in shared and name not in sequences[0]
-        }
-        self._shared: dict[Node, Any] = {placeholders[k]: v for k, v in shared.items() if k in placeholders}
-        self._values: list[dict[Node, Any]] = [
-            {placeholders[k]: v for k, v in sequence.items() if k in placeholders} for sequence in sequences
-        ]
-        self._per_sequence = self._reachable(
-            graph, {placeholders[k] for k in sequences[0] if k in placeholders}
-        )
-        self._last_use: dict[Node, int] = {}
-        for index, segment in enumerate(self.segments):
-            for node in segment.nodes:
-                for operand in node.all_input_nodes:
-                    self._last_use[operand] = index
-        for node in graph.find_nodes(op="output"):
-            for operand in node.all_input_nodes:
-                self._last_use[operand] = len(self.segments)
+        self._shared: dict[Node, Any] = {known[k]: self._move(v) for k, v in shared.items() if k in known}
+        self._store = store if store is not None else ActivationStore()
+        self._by_name = {node.name: node for node in graph.nodes}
+        self.rows: list[int] = []
+        self.position = 0
+        for stacked in stack(sequences, batch if self.graph.batchable else 1):
+            first = next(iter(stacked.values()))
+            self.rows.append(int(first.shape[0]) if isinstance(first, torch.Tensor) and first.ndim else 1)
+            self._store.put(len(self.rows) - 1, {k: v for k, v in stacked.items() if k in known})
 
     def __len__(self) -> int:
-        return len(self._values)
+        """Number of batches."""
+        return len(self.rows)
 
-    def value(self, sequence: int, node: Node) -> Any:
-        """Value of a node that is still alive for a sequence."""
-        return self._values[sequence].get(node, self._shared.get(node))
+    def value(self, number: int, node: Node) -> Any:
+        """Value of a node that is still alive for a batch."""
+        return self._alive(number).get(node)
 
     def observe(self, index: int, fetch: Fetch, hooks: Mapping[Node, Hook]) -> None:
-        """Run segment `index` for every sequence, call each hook with its node's value, keep nothing."""
-        self._run(index, fetch, dict(hooks), keep=False)
+        """Run segment `index` for every batch, call each hook with its node's value, keep nothing.
+
+        A hook may sit on a value of an earlier segment that this one reads. Stops after the last hook.
+        """
+        weights = self.weights(index, fetch)
+        inside = set(self.segments[index].nodes)
+        with torch.no_grad():
+            for number in range(len(self)):
+                alive = self._alive(number)
+                for node in hooks.keys() - inside:
+                    hooks[node](alive[node])
+                wanted = {node: hook for node, hook in hooks.items() if node in inside}
+                if wanted:
+                    self._run(index, self.rows[number], alive, weights, wanted)
 
     def advance(self, index: int, fetch: Fetch) -> None:
-        """Run segment `index` for every sequence and keep what later segments read."""
-        self._run(index, fetch, {}, keep=True)
+        """Run segment `index` (= position) for every batch and keep what later segments read."""
+        weights = self.weights(index, fetch)
+        with torch.no_grad():
+            for number in range(len(self)):
+                alive = self._alive(number)
+                alive.update(self._run(index, self.rows[number], alive, weights, None))
+                per_sequence = self.graph.per_sequence
+                kept = {n: v for n, v in alive.items() if n in per_sequence and self._needed(n, index)}
+                self._store.put(number, {node.name: value for node, value in kept.items()})
+        self._shared = {n: v for n, v in self._shared.items() if self._needed(n, index)}
+        self.position = index + 1
 
-    @torch.no_grad()
-    def _run(self, index: int, fetch: Fetch, hooks: dict[Node, Hook], *, keep: bool) -> None:
-        segment = self.segments[index]
-        weights = {name: fetch(name) for name in segment.weights}
-        wanted = {n for node in segment.nodes for n in node.all_input_nodes if n in self._scratch}
-        scratch = {node: self._scratch_factory(node.name) for node in wanted}
-        for number, alive in enumerate(self._values):
-            local: dict[Node, Any] = {}
-            remaining = len(hooks)
+    def weights(self, index: int, fetch: Fetch) -> dict[str, torch.Tensor]:
+        """The tensors segment `index` reads, on the runner's device."""
+        return {name: fetch(name).to(self.device) for name in self.segments[index].weights}
 
-            def read(node: Node, local: dict[Node, Any] = local, alive: dict[Node, Any] = alive) -> Any:
-                if node.op == "get_attr":
-                    return weights[str(node.target)]
-                for table in (local, alive, self._shared, scratch):
-                    if node in table:
-                        return table[node]
-                raise QuantizeError(f"block {segment.block} reads {node.name}, which nothing computed")
+    def outputs(
+        self, index: int, number: int, weights: Weights, inputs: Mapping[Node, Any] | None = None
+    ) -> dict[Node, Any]:
+        """What later segments read of segment `index` for one batch, differentiable in the weights.
 
-            for node in segment.nodes:
-                if node not in self._per_sequence and node in self._shared:
-                    continue
-                value = node.target(*map_arg(node.args, read), **map_arg(node.kwargs, read))  # type: ignore[operator]
-                if node in self._per_sequence:
-                    local[node] = value
-                else:
-                    self._shared[node] = value
-                if node in hooks:
-                    hooks[node](value)
-                    remaining -= 1
-                    if remaining == 0 and not keep:
-                        break
-            if keep:
-                alive.update(local)
-                self._values[number] = {n: v for n, v in alive.items() if self._last_use.get(n, -1) > index}
-        if keep:
-            self._shared = {n: v for n, v in self._shared.items() if self._last_use.get(n, -1) > index}
+        inputs: values that replace stored ones.
+        """
+        alive = {**self._alive(number), **(inputs or {})}
+        local = self._run(index, self.rows[number], alive, weights, None)
+        return {node: local[node] for node in self.graph.outputs(index) if node in local}
 
-    def _reachable(self, graph: Graph, seeds: set[Node]) -> set[Node]:
-        found = seeds | self._scratch
-        for node in graph.nodes:
-            if node.op == "call_function" and any(operand in found for operand in node.all_input_nodes):
-                found.add(node)
-        return found
+    def close(self) -> None:
+        """Drop the hidden states, files included."""
+        self._store.clear()
+
+    def share(self, values: Mapping[str, Any]) -> None:
+        """Replace shared inputs (by placeholder name) for the segments that follow."""
+        for name, value in values.items():
+            if name in self.graph.placeholders:
+                self._shared[self.graph.placeholders[name]] = self._move(value)
+
+    def _alive(self, number: int) -> dict[Node, Any]:
+        stored = self._store.get(number, self.device)
+        return {**self._shared, **{self._by_name[name]: value for name, value in stored.items()}}
+
+    def _needed(self, node: Node, index: int) -> bool:
+        return self.graph.last_use.get(node, -1) > index
+
+    def _move(self, value: Any) -> Any:
+        return value.to(self.device) if isinstance(value, torch.Tensor) else value
+
+    def _run(
+        self,
+        index: int,
+        rows: int,
+        alive: Mapping[Node, Any],
+        weights: Weights,
+        hooks: dict[Node, Hook] | None,
+    ) -> dict[Node, Any]:
+        """Local values of a segment that are still needed at its end; with hooks, stops after the last one."""
+        segment, graph = self.segments[index], self.graph
+        values: dict[Node, Any] = dict(alive)
+        for node in {o for n in segment.nodes for o in n.all_input_nodes if o in graph.scratch}:
+            empty = self._scratch_factory(node.name).to(self.device)
+            values[node] = empty if rows == 1 else empty.expand(rows, *empty.shape[1:])
+        local: dict[Node, Any] = {}
+        remaining = len(hooks) if hooks is not None else -1
+        for node in segment.nodes:
+            if node in values and node not in graph.from_weights:
+                continue
+            for operand in node.all_input_nodes:
+                if operand.op == "get_attr":
+                    held = weights[str(operand.target)]
+                    direct = node.target is aten.linear.default and operand is node.args[1]
+                    if isinstance(held, torch.Tensor) or not direct:
+                        values[operand] = held.dense() if isinstance(held, ScaledWeight) else held
+                elif operand not in values:
+                    raise QuantizeError(f"block {segment.block} reads {operand.name}, which nothing computed")
+            value = self._call(node, values, rows, weights)
+            values[node] = value
+            if node in graph.per_sequence:
+                local[node] = value
+            elif self._needed(node, index) or node not in graph.from_weights:
+                self._shared[node] = value
+            if hooks is not None and node in hooks:
+                hooks[node](value)
+                remaining -= 1
+                if remaining == 0:
+                    break
+            for dead in graph.dies.get(node, ()):
+                values.pop(dead, None)
+                local.pop(dead, None)
+        return local
+
+    def _call(self, node: Node, values: dict[Node, Any], rows: int, weights: Weights) -> Any:
+        if node.target is aten.linear.default and isinstance(node.args[1], Node):
+            held = weights.get(str(node.args[1].target)) if node.args[1].op == "get_attr" else None
+            if isinstance(held, ScaledWeight) and not held.transposed:
+                bias = values[node.args[2]] if len(node.args) > 2 and isinstance(node.args[2], Node) else None
+                return held.linear(values[node.args[0]], bias)  # type: ignore[index]
+        args, kwargs = self.graph.arguments(node, values, rows, self.device)
+        return functional_target(node)(*args, **kwargs)
+
+
+def stack(sequences: Sequence[Mapping[str, Any]], batch: int) -> list[dict[str, Any]]:
+    """Sequences of equal shapes stacked along their first axis, at most `batch` together, in order of first
+    appearance."""
+    groups: dict[Any, list[Mapping[str, Any]]] = {}
+    for sequence in sequences:
+        groups.setdefault(_shapes(sequence), []).append(sequence)
+    found: list[dict[str, Any]] = []
+    for members in groups.values():
+        for start in range(0, len(members), batch):
+            part = members[start : start + batch]
+            one = len(part) == 1
+            found.append({k: v if one else torch.cat([m[k] for m in part]) for k, v in part[0].items()})
+    return found
+
+
+def _shapes(sequence: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(
+        (k, tuple(v.shape) if isinstance(v, torch.Tensor) else v) for k, v in sorted(sequence.items())
+    )

@@ -89,10 +89,13 @@ def feedback_factor(whitened_gram: torch.Tensor, damp: float) -> torch.Tensor:
     for attempt in range(5):
         gram = damped(whitened_gram, damp * 10**attempt)
         lower, info = torch.linalg.cholesky_ex(gram)
+        del gram
         if info.item() == 0:
             inverse = torch.cholesky_inverse(lower)
+            del lower
             upper: torch.Tensor
-            upper, info = torch.linalg.cholesky_ex((inverse + inverse.T) / 2, upper=True)
+            upper, info = torch.linalg.cholesky_ex(inverse.add(inverse.T).div_(2), upper=True)
+            del inverse
             if info.item() == 0 and bool(torch.isfinite(upper).all()):
                 return upper
     raise QuantizeError("the input gram is not positive definite even when damped; use more calibration text")

@@ -1,23 +1,23 @@
 """Quantize a whole program, one decoder block in memory at a time, resumable at every block.
 
-For each block: (1) run it with its original weights on what the quantized prefix really produces and sum the
-input gram of every shared lift; (2) whiten, encode and pack its linears with block LDLQ; (3) run it again
-with the decoded weights to get the next block's inputs. A finished block is one safetensors file in the work
-folder, written under a temporary name and renamed, so an interrupted run continues at the first missing one.
+For each block: (1) for each group of linears that share an input, in the order they run, sum the gram of that
+input on what the quantized prefix really produces, whiten, encode and pack with block LDLQ, and, where asked,
+train what is still dense against the original block's output before the next group is quantized; (2) train
+scales and vectors of the finished block (correct.py); (3) run the block as it will be stored to get the next
+block's inputs. A finished block is one safetensors file in the work folder, written under a temporary name
+and renamed, so an interrupted run continues at the first missing one.
 """
 
 from __future__ import annotations
 
 import json
-import os
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch.fx import Graph, Node
 from tqdm import tqdm
 
@@ -25,62 +25,22 @@ from liftc import reference
 from liftc.checkpoint import Checkpoint
 from liftc.errors import LiftcError, QuantizeError
 from liftc.packing import slice_packed
+from liftc.plan import plan_program
 from liftc.program import Program
-from liftc.quant.blocks import BlockRunner, Segment
-from liftc.quant.encode import MAX_BEAM
+from liftc.quant.activations import ActivationStore
+from liftc.quant.blocks import BlockRunner
+from liftc.quant.correct import block_loss, fit, split_batches
 from liftc.quant.ldlq import quantize_group
 from liftc.quant.mapping import lam_of, load_mapping
+from liftc.quant.result import BlockReport, LinearReport, Quantized, QuantizeOptions, write_atomically
+from liftc.quant.segments import Segment
+from liftc.quant.trainable import Trainable
 from liftc.quant.whitening import Whitening, orthogonal_whitening
-from liftc.spec import LiftSpec, LinearSpec
+from liftc.spec import DTYPES, LiftSpec, LinearSpec
 from liftc.tensor_names import output_scale_name, packed_name
 
 aten = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class QuantizeOptions:
-    """beam: beam width of the encoder. damp: share of the gram's mean diagonal added to it. seed: of the
-    whitening. device: where the linears are encoded, a GPU when there is one. The weight lam of the tree search
-    is the one each mapping matrix was learned with."""
-
-    beam: int = 64
-    damp: float = 0.01
-    seed: int = 0
-    device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.beam <= MAX_BEAM or not self.damp > 0:
-            raise QuantizeError(
-                f"--beam must lie between 1 and {MAX_BEAM} and --damp above 0, got {self.beam} and {self.damp:g}"
-            )
-
-
-@dataclass(frozen=True)
-class LinearReport:
-    """Errors of one linear: relative weight error and proxy loss of its group (see GroupResult)."""
-
-    name: str
-    format: str
-    relative_error: float
-    proxy_loss: float
-
-
-@dataclass
-class Quantized:
-    """What quantization produced: files by block, the shared transforms, and the per-linear report."""
-
-    folder: Path
-    files: list[Path] = field(default_factory=list)
-    whitenings: dict[tuple[int, int], Whitening] = field(default_factory=dict)
-    report: list[LinearReport] = field(default_factory=list)
-
-    def tensors(self) -> dict[str, Path]:
-        """Name of every quantized tensor -> the file that holds it."""
-        found: dict[str, Path] = {}
-        for path in self.files:
-            with safe_open(path, "pt") as handle:
-                found.update(dict.fromkeys(handle.keys(), path))
-        return found
+NewRunner = Callable[[ActivationStore], BlockRunner]
 
 
 def linear_nodes(graph: Graph, program: Program) -> dict[str, Node]:
@@ -97,100 +57,191 @@ def linear_nodes(graph: Graph, program: Program) -> dict[str, Node]:
 
 
 class StreamQuantizer:
-    """Drives BlockRunner over one graph of a program that has passed share-transforms."""
+    """Quantizes a program that has passed share-transforms, over the graph its runners run.
+
+    new_runner: makes a BlockRunner over the calibration set whose hidden states live in the given store.
+    stores: makes those stores. device: where everything is computed.
+    """
 
     def __init__(
         self,
         program: Program,
         graph_name: str,
         checkpoint: Checkpoint,
-        runner: BlockRunner,
+        new_runner: NewRunner,
         options: QuantizeOptions,
         folder: Path,
+        *,
+        device: torch.device | str = "cpu",
+        stores: Callable[[], ActivationStore] = ActivationStore,
     ) -> None:
-        self.program, self.checkpoint, self.runner, self.options = program, checkpoint, runner, options
-        self.nodes = linear_nodes(program.graphs[graph_name], program)
+        self.program, self.checkpoint, self.options = program, checkpoint, options
+        self.device, self.new_runner, self.stores = torch.device(device), new_runner, stores
+        self.graph = program.graphs[graph_name]
+        self.nodes = linear_nodes(self.graph, program)
         missing = sorted(set(program.linears) - set(self.nodes))
         if missing:
             raise QuantizeError(f"graph {graph_name} does not hold the selected linear {missing[0]}")
+        self.vectors = {e.name for e in plan_program(program).entries if e.category in ("norm", "bias")}
         self.result = Quantized(folder)
-        self._dense: dict[str, torch.Tensor] = {}
+        self._ready: dict[str, torch.Tensor] = {}
 
     def run(self, *, progress: bool) -> Quantized:
         """Quantize every segment; finished segments found in the folder are loaded instead."""
         self.result.folder.mkdir(parents=True, exist_ok=True)
-        work = [(i, s, self._groups(s)) for i, s in enumerate(self.runner.segments)]
-        last = max((i for i, _, groups in work if groups), default=-1)
-        total = sum(1 for _, _, groups in work if groups)
-        with tqdm(total=total, desc="quantize", unit="block", disable=not progress) as bar:
-            for index, _, groups in work[: last + 1]:
-                if groups:
-                    self._segment(index, groups)
-                    latest = [r.proxy_loss for r in self.result.report[-len(groups) :]]
-                    bar.set_postfix(proxy_loss=f"{sum(latest) / len(latest):.4f}")
-                    bar.update()
-                if index < last:
-                    self.runner.advance(index, self._fetch)
-                self._dense.clear()
+        runner = self.new_runner(self.stores())
+        original = self.new_runner(self.stores()) if self.options.corrects else None
+        work = [(i, self._groups(s), self._path(i)) for i, s in enumerate(runner.segments)]
+        work = [item for item in work if item[1]]
+        missing = max((index for index, _, path in work if not path.exists()), default=-1)
+        done = 0
+        with tqdm(total=len(work), desc="quantize", unit="block", disable=not progress) as bar:
+            for index, groups, path in work:
+                if index <= missing:
+                    for earlier in range(done, index):
+                        self._advance(earlier, runner, original)
+                    done = index
+                if not path.exists():
+                    self._segment(index, groups, runner, original)
+                self._load(path, groups, decode=index < missing)
+                latest = [r.proxy_loss for r in self.result.report[-len(groups) :]]
+                bar.set_postfix(proxy_loss=f"{sum(latest) / len(latest):.4f}")
+                bar.update()
+        for used in (runner, original):
+            if used is not None:
+                used.close()
         return self.result
 
+    def _advance(self, index: int, runner: BlockRunner, original: BlockRunner | None) -> None:
+        runner.advance(index, self._fetch)
+        if original is not None and original.position == index:
+            original.advance(index, self.checkpoint.tensor)
+        self._ready.clear()
+
+    def _path(self, index: int) -> Path:
+        return self.result.folder / f"block-{index:05d}.safetensors"
+
     def _groups(self, segment: Segment) -> dict[str, list[str]]:
-        members = set(segment.nodes)
+        """Linears of a segment by lift, in the order they run."""
+        order = {node: position for position, node in enumerate(segment.nodes)}
+        found = sorted((order[node], name) for name, node in self.nodes.items() if node in order)
         groups: dict[str, list[str]] = {}
-        for name, node in self.nodes.items():
-            if node in members:
-                groups.setdefault(self.program.linears[name].lift, []).append(name)
-        return groups
+        for _, name in found:
+            groups.setdefault(self.program.linears[name].lift, []).append(name)
+        table = list(self.program.linears)
+        return {lift: sorted(names, key=table.index) for lift, names in groups.items()}
 
-    def _segment(self, index: int, groups: Mapping[str, list[str]]) -> None:
-        path = self.result.folder / f"block-{index:05d}.safetensors"
-        if not path.exists():
-            grams = self._collect(index, groups)
-            tensors: dict[str, torch.Tensor] = {}
-            reports: list[LinearReport] = []
-            for lift_name, names in groups.items():
-                tensors.update(self._quantize(lift_name, names, grams[lift_name], reports))
-            write_atomically(path, tensors, {"report": json.dumps([asdict(r) for r in reports])})
-        self._load(path, groups)
+    def _segment(
+        self, index: int, groups: Mapping[str, list[str]], runner: BlockRunner, original: BlockRunner | None
+    ) -> None:
+        started = time.perf_counter()
+        trainable = self._trainable(runner, index, groups)
+        if original is not None:
+            original.advance(index, self.checkpoint.tensor)
+        tensors: dict[str, torch.Tensor] = {}
+        reports: list[LinearReport] = []
+        left = list(groups)
+        for lift, names in groups.items():
+            gram = self._gram(runner, index, trainable, lift, names)
+            tensors.update(self._quantize(lift, names, gram, trainable, reports))
+            left.remove(lift)
+            if left and self.options.dense_epochs:
+                self._train(index, runner, original, trainable, self.options.dense_epochs, dense=True)
+        before, after = self._train(index, runner, original, trainable, self.options.epochs, dense=False)
+        scales = trainable.scales()
+        for names in groups.values():
+            for name in names:
+                tensors[output_scale_name(name)] = scales[self.program.linears[name].weight]
+        tensors.update(trainable.changed_vectors())
+        block = BlockReport(runner.segments[index].block, time.perf_counter() - started, before, after)
+        write_atomically(
+            self._path(index), tensors,
+            {"report": json.dumps([asdict(r) for r in reports]), "block": json.dumps(asdict(block))},
+        )  # fmt: skip
 
-    def _collect(self, index: int, groups: Mapping[str, list[str]]) -> dict[str, torch.Tensor]:
-        grams: dict[str, torch.Tensor] = {}
-        rows: dict[str, int] = {}
-        hooks: dict[Node, Callable[[torch.Tensor], None]] = {}
-        for lift_name, names in groups.items():
-            source = self.nodes[names[0]].args[0]
-            assert isinstance(source, Node)
-            width = self.program.lifts[lift_name].in_features
-            grams[lift_name], rows[lift_name] = torch.zeros(width, width), 0
+    def _trainable(self, runner: BlockRunner, index: int, groups: Mapping[str, list[str]]) -> Trainable:
+        trainable = Trainable(self.device)
+        ours = {self.program.linears[name].weight for names in groups.values() for name in names}
+        elsewhere = {w for i, s in enumerate(runner.segments) if i != index for w in s.weights}
+        for name in runner.segments[index].weights:
+            value = self.checkpoint.tensor(name)
+            if name in ours:
+                if not torch.isfinite(value).all():
+                    raise QuantizeError(f"weight {name} holds NaN or infinite values; repair the checkpoint")
+                trainable.add_dense(name, value)
+            elif name in self.vectors and name not in elsewhere:
+                trainable.add_vector(name, value)
+            else:
+                trainable.fixed[name] = value.to(self.device)
+        return trainable
 
-            def hook(x: torch.Tensor, key: str = lift_name) -> None:
-                flat = x.reshape(-1, x.shape[-1]).float()
-                grams[key].addmm_(flat.T, flat)
-                rows[key] += flat.shape[0]
+    def _train(
+        self,
+        index: int,
+        runner: BlockRunner,
+        original: BlockRunner | None,
+        trainable: Trainable,
+        epochs: int,
+        *,
+        dense: bool,
+    ) -> tuple[float, float]:
+        train, held_out = split_batches(len(runner), self.options.held_out)
+        if original is None or not epochs or not train:
+            return 0.0, 0.0
+        loss = block_loss(runner, index, trainable, original.value)
+        seed = self.options.seed * 1_000_003 + index
+        fitted = fit(
+            trainable, loss, train, held_out, epochs=epochs, rates=self.options.rates, dense=dense, seed=seed
+        )
+        return fitted.before, fitted.after
 
-            hooks[source] = _both(hooks[source], hook) if source in hooks else hook
-        self.runner.observe(index, self._fetch, hooks)
-        return {key: gram / max(1, rows[key]) for key, gram in grams.items()}
+    def _gram(
+        self, runner: BlockRunner, index: int, trainable: Trainable, lift: str, names: list[str]
+    ) -> torch.Tensor:
+        """E[x xᵀ] of the input of a lift, float32 (IC, IC) on the device."""
+        source = self.nodes[names[0]].args[0]
+        assert isinstance(source, Node)
+        width = self.program.lifts[lift].in_features
+        gram = torch.zeros(width, width, device=self.device)
+        rows = 0
+
+        def hook(x: torch.Tensor) -> None:
+            nonlocal rows
+            flat = x.reshape(-1, x.shape[-1]).float()
+            gram.addmm_(flat.T, flat)
+            rows += flat.shape[0]
+
+        runner.observe(index, trainable.tensor, {source: hook})
+        if rows == 0:
+            raise QuantizeError(f"{lift}: calibration never reached the input of this layer")
+        return gram / rows
 
     def _quantize(
-        self, lift_name: str, names: list[str], gram: torch.Tensor, reports: list[LinearReport]
+        self,
+        lift: str,
+        names: list[str],
+        gram: torch.Tensor,
+        trainable: Trainable,
+        reports: list[LinearReport],
     ) -> dict[str, torch.Tensor]:
-        spec = self.program.lifts[lift_name]
+        spec = self.program.lifts[lift]
         linears = [self.program.linears[name] for name in names]
-        weights = [self._original(linear) for linear in linears]
-        tensors: dict[str, torch.Tensor] = {}
+        rows = [trainable.dense(one.weight) for one in linears]
+        stacked = torch.cat([w.T if one.transposed else w for w, one in zip(rows, linears)])
         try:
             result = quantize_group(
-                torch.cat(weights), gram, spec, self.whitening(spec), load_mapping(spec.format),
-                beam=self.options.beam, damp=self.options.damp, lam=lam_of(spec.format),
-                device=torch.device(self.options.device),
+                stacked, gram, spec, self.whitening(spec), load_mapping(spec.format),
+                beam=self.options.beam, damp=self.options.damp, lam=lam_of(spec.format), device=self.device,
             )  # fmt: skip
         except LiftcError as error:
-            raise QuantizeError(f"{lift_name}: {error}") from error
-        for name, rows in row_slices(linears).items():
-            tensors[packed_name(name)] = slice_packed(result.packed, rows.start, rows.stop)
-            tensors[output_scale_name(name)] = result.output_scale[rows].clone()
-            reports.append(LinearReport(name, str(spec.format), result.relative_error, result.proxy_loss))
+            raise QuantizeError(f"{lift}: {error}") from error
+        tensors: dict[str, torch.Tensor] = {}
+        for one, place in zip(linears, row_slices(linears).values()):
+            packed = slice_packed(result.packed, place.start, place.stop)
+            tensors[packed_name(one.name)] = packed
+            unit = self.unit_weight(one, packed)
+            trainable.quantized(one.weight, unit, result.output_scale[place], transposed=one.transposed)
+            reports.append(LinearReport(one.name, str(spec.format), result.relative_error, result.proxy_loss))
         return tensors
 
     def whitening(self, spec: LiftSpec) -> Whitening:
@@ -200,37 +251,40 @@ class StreamQuantizer:
             self.result.whitenings[key] = orthogonal_whitening(*key, self.options.seed)
         return self.result.whitenings[key]
 
-    def _load(self, path: Path, groups: Mapping[str, list[str]]) -> None:
+    def unit_weight(self, linear: LinearSpec, packed: torch.Tensor) -> torch.Tensor:
+        """The weight of a linear before its output scale, (OC, IC) in the checkpoint's dtype, on the device."""
+        spec = self.program.lifts[linear.lift]
+        white = self.whitening(spec).to(self.device)
+        right = reference.decode_right(white.right_inverse, load_mapping(spec.format).to(self.device))
+        ones = torch.ones(linear.out_features, device=self.device)
+        unit = reference.decode_weight(
+            packed.to(self.device), ones, None, white.left, right, spec.in_features
+        )
+        return unit.to(DTYPES[self.checkpoint.spec(linear.weight).dtype])
+
+    def _load(self, path: Path, groups: Mapping[str, list[str]], *, decode: bool) -> None:
+        """Take in the file of a block; with `decode`, its weights too, for the blocks that follow."""
         try:
             with safe_open(path, "pt") as handle:
-                reports = [LinearReport(**row) for row in json.loads(handle.metadata()["report"])]
-                for lift_name, names in groups.items():
-                    spec = self.program.lifts[lift_name]
-                    white = self.whitening(spec)
-                    right = reference.decode_right(white.right_inverse, load_mapping(spec.format))
-                    for name in names:
-                        packed = handle.get_tensor(packed_name(name))
-                        scale = handle.get_tensor(output_scale_name(name))
-                        dense = reference.decode_weight(
-                            packed, scale, None, white.left, right, spec.in_features
-                        )
-                        linear = self.program.linears[name]
-                        self._dense[linear.weight] = dense.T.contiguous() if linear.transposed else dense
+                facts = handle.metadata()
+                reports = [LinearReport(**row) for row in json.loads(facts["report"])]
+                block = BlockReport(**json.loads(facts["block"]))
+                for name in (n for names in groups.values() for n in names if decode):
+                    linear = self.program.linears[name]
+                    unit = self.unit_weight(linear, handle.get_tensor(packed_name(name)))
+                    scale = handle.get_tensor(output_scale_name(name)).to(self.device)
+                    dense = (unit * scale[:, None].float()).to(unit.dtype)
+                    self._ready[linear.weight] = dense.T.contiguous() if linear.transposed else dense
+                if decode:
+                    self._ready.update({n: handle.get_tensor(n) for n in self.vectors & set(handle.keys())})
         except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise QuantizeError(f"{path} is damaged ({error}); delete it and run again") from error
         self.result.files.append(path)
         self.result.report.extend(reports)
-
-    def _original(self, linear: LinearSpec) -> torch.Tensor:
-        weight = self.checkpoint.tensor(linear.weight)
-        weight = weight.T if linear.transposed else weight
-        if not torch.isfinite(weight).all():
-            raise QuantizeError(f"weight {linear.weight} holds NaN or infinite values; repair the checkpoint")
-        return weight.float()
+        self.result.blocks.append(block)
 
     def _fetch(self, name: str) -> torch.Tensor:
-        tensor = self.checkpoint.tensor(name)
-        return self._dense[name].to(tensor.dtype) if name in self._dense else tensor
+        return self._ready[name] if name in self._ready else self.checkpoint.tensor(name)
 
 
 def row_slices(linears: list[LinearSpec]) -> dict[str, slice]:
@@ -241,24 +295,3 @@ def row_slices(linears: list[LinearSpec]) -> dict[str, slice]:
         slices[linear.name] = slice(start, start + linear.out_features)
         start += linear.out_features
     return slices
-
-
-def write_atomically(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file under a temporary name, flush it to disk and rename it."""
-    temporary = path.with_suffix(".tmp")
-    try:
-        save_file(tensors, temporary, metadata=metadata)
-        with open(temporary, "rb") as handle:
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        raise QuantizeError(f"cannot write {path}: {error}; free some disk space and run again") from error
-
-
-def _both(first: Callable[[Any], None], second: Callable[[Any], None]) -> Callable[[Any], None]:
-    def call(value: Any) -> None:
-        first(value)
-        second(value)
-
-    return call

@@ -85,11 +85,13 @@ def orthogonal_whitening(left: int, right: int, seed: int) -> Whitening:
 def damped(gram: torch.Tensor, damp: float) -> torch.Tensor:
     """Symmetrised float64 gram plus damp times its mean diagonal; a zero gram becomes the identity."""
     work = gram.double()
-    work = (work + work.T) / 2
+    work = work.add(work.T).div_(2)
     mean = work.diagonal().mean().item()
     if not math.isfinite(mean):
         raise QuantizeError(
             "calibration produced NaN or infinite activations; check the model's weights or use --dtype float32"
         )
-    eye = torch.eye(work.shape[0], dtype=torch.float64, device=work.device)
-    return eye if mean <= 0 else work + (damp * mean) * eye
+    if mean <= 0:
+        return torch.eye(work.shape[0], dtype=torch.float64, device=work.device)
+    work.diagonal().add_(damp * mean)
+    return work
