@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from liftc.codegen import fatbin, library, toolchain
-from liftc.codegen.knobs import CPU_KNOBS, TENSOR_CORE_KNOBS, CpuKnobs, CudaKnobs, chip_family
+from liftc.codegen.knobs import CPU_KNOBS, CpuKnobs, CudaKnobs
 from liftc.errors import BuildError
 from liftc.kernel_object import CPU_FEATURES, TARGETS, KernelObject, cpu_features, file_sha256, machine_flags
 
@@ -150,9 +150,6 @@ def _build_cuda(archs: Sequence[str], knobs: CudaKnobs, scratch: Path, folder: P
     command = [str(nvcc.path), *link_flags(), *objects, "-o", "kernels.so", *_library_flags()]
     toolchain.run_compiler(command, scratch, "CUDA kernels")
     _check_device_code((scratch / "kernels.so").read_bytes(), ptx, units)
-    families = {
-        f: [k.describe() for k in TENSOR_CORE_KNOBS[f]] for f in dict.fromkeys(map(chip_family, chosen))
-    }
     return KernelObject(
         path=folder / f"cuda-{'-'.join(chosen)}.so",
         target="cuda",
@@ -161,7 +158,7 @@ def _build_cuda(archs: Sequence[str], knobs: CudaKnobs, scratch: Path, folder: P
         features=(),
         toolchain=f"apache-tvm {version('apache-tvm')}, {nvcc.describe()}, {compiler.describe()}",
         kernel_version=library.KERNEL_VERSION,
-        knobs=(*knobs.describe(), *(f"{f}: {' '.join(k)}" for f, all_k in families.items() for k in all_k)),
+        knobs=(*knobs.describe(), *(text for unit in units for text in unit.knobs)),
         functions=tuple(t.function for unit in units for t in unit.templates),
         sha256=file_sha256(scratch / "kernels.so"),
     )
@@ -179,11 +176,6 @@ def _compile_unit(nvcc: toolchain.Tool, unit: library.Unit, ptx: str, scratch: P
         "-o",
         f"{unit.name}.o",
     ]
-    if unit.tirx:  # names that TVM gives every source, and that only the first may keep
-        command += [
-            f"-D__tvm_ffi__library_ctx=context_of_{unit.name}",
-            f"-D__tvm_ffi_main=main_of_{unit.name}",
-        ]
     toolchain.run_compiler(command, scratch, "CUDA kernels")
 
 
@@ -221,7 +213,9 @@ def compile_flags(archs: Sequence[str], ptx: str) -> list[str]:
 
 def link_flags() -> list[str]:
     """Flags that make the objects one shared object."""
-    return ["-shared", "-cudart=static", *(f"-Xlinker={flag.removeprefix('-Wl,')}" for flag in _LINK_FLAGS)]
+    # TVM gives every source the same helper functions, entry name and context: the first definition serves all.
+    flags = (*_LINK_FLAGS, "-Wl,-z,muldefs")
+    return ["-shared", "-cudart=static", *(f"-Xlinker={flag.removeprefix('-Wl,')}" for flag in flags)]
 
 
 def _library_flags() -> list[str]:

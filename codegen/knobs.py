@@ -141,6 +141,12 @@ TENSOR_CORE_KNOBS: dict[str, tuple[TensorCoreKnobs, ...]] = {
 }
 """Choices per family, fewest tokens first."""
 
+LIFT_KNOBS: dict[str, tuple[LiftKnobs, ...]] = {
+    family: tuple(LiftKnobs(tokens, dependent_launch=family in ("hopper", "blackwell")) for tokens in (1, 16))
+    for family in TENSOR_CORE_KNOBS
+}
+"""Choices of the lift per family, fewest tokens first."""
+
 
 def chip_family(arch: str) -> str:
     """Which knobs an architecture ("sm_90a") gets: by its shared memory, and dependent launch from sm_90 on."""

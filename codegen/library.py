@@ -12,7 +12,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from liftc.codegen.knobs import TENSOR_CORE_KNOBS, CpuKnobs, CudaKnobs, TensorCoreKnobs, chip_family
+from liftc.codegen.knobs import (
+    LIFT_KNOBS,
+    TENSOR_CORE_KNOBS,
+    CpuKnobs,
+    CudaKnobs,
+    LiftKnobs,
+    TensorCoreKnobs,
+    chip_family,
+)
 from liftc.kernel_object import KernelFunction
 
 KERNEL_VERSION = 2
@@ -37,6 +45,7 @@ class Unit:
     archs: tuple[str, ...]
     templates: tuple[KernelTemplate, ...]
     tirx: bool
+    knobs: tuple[str, ...] = ()
 
 
 def cpu_templates(knobs: CpuKnobs) -> Iterator[KernelTemplate]:
@@ -107,6 +116,28 @@ def tensor_core_templates(
         yield KernelTemplate(function, partial(tensorcore_sign.sign_matmul_tiled, symbol, knobs))
 
 
+def operand_templates(
+    name: str, archs: tuple[str, ...], choices: tuple[LiftKnobs, ...]
+) -> Iterator[KernelTemplate]:
+    """The kernels that make the operands of the tensor-core sign_matmul, for one family of chips; imports TVM."""
+    from liftc.codegen import tensorcore_lift
+
+    members = ",".join(archs)
+    symbol = f"split_z_{name}"
+    yield KernelTemplate(
+        KernelFunction(symbol, "split_z", "i16", archs=members), partial(tensorcore_lift.split_z, symbol)
+    )
+    for knobs in choices:
+        for short, dtype in TIR_DTYPES.items():
+            symbol = f"lift_planes_{name}_{short}_{knobs.tokens}"
+            function = KernelFunction(
+                symbol, "lift_planes", short, max_tokens=knobs.tokens, shared_bytes=knobs.shared_bytes(),
+                archs=members, block_rows=knobs.rows, block_results=knobs.results, most_left=knobs.most_left,
+                most_right=knobs.most_right,
+            )  # fmt: skip
+            yield KernelTemplate(function, partial(tensorcore_lift.lift_planes, symbol, dtype, knobs))
+
+
 def cuda_units(archs: tuple[str, ...], knobs: CudaKnobs) -> tuple[Unit, ...]:
     """Every source of an object for these architectures (rising order); imports TVM."""
     units = [Unit("plain", archs, tuple(cuda_templates(knobs)), False)]
@@ -114,6 +145,11 @@ def cuda_units(archs: tuple[str, ...], knobs: CudaKnobs) -> tuple[Unit, ...]:
     for arch in archs:
         families.setdefault(chip_family(arch), []).append(arch)
     for family, members in families.items():
-        templates = tensor_core_templates(family, tuple(members), TENSOR_CORE_KNOBS[family])
-        units.append(Unit(family, tuple(members), tuple(templates), True))
+        templates = (
+            *tensor_core_templates(family, tuple(members), TENSOR_CORE_KNOBS[family]),
+            *operand_templates(family, tuple(members), LIFT_KNOBS[family]),
+        )
+        chosen: list[TensorCoreKnobs | LiftKnobs] = [*TENSOR_CORE_KNOBS[family], *LIFT_KNOBS[family]]
+        texts = tuple(f"{family}: {' '.join(choice.describe())}" for choice in chosen)
+        units.append(Unit(family, tuple(members), templates, True, texts))
     return tuple(units)

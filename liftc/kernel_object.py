@@ -25,7 +25,8 @@ CPU_FEATURES: dict[str, tuple[str, ...]] = {
 }
 """CPU flags (names of /proc/cpuinfo) that each psABI level adds to the one before it."""
 
-_LATER_FIELDS = ("shared_bytes", "archs", "block_rows")  # absent in descriptors of older builds
+_LATER_FIELDS = ("shared_bytes", "archs", "block_rows", "block_results", "most_left", "most_right")
+"""Fields that descriptors of older builds lack."""
 
 _ARCH = re.compile(r"sm_\d{2,3}a?")
 
@@ -39,7 +40,8 @@ class KernelFunction:
     runtime takes the first whose limits hold: tokens at most `max_tokens` (0: no limit), and tokens,
     out_features and lifted_features multiples of `token_multiple`, `row_multiple` and `column_multiple`.
     CUDA: `shared_bytes` is the shared memory its launch asks for, `archs` the architectures it is compiled for,
-    separated by commas ("": all of the object), `block_rows` the row blocks one thread block takes at most.
+    separated by commas ("": all of the object), `block_rows` the row blocks (a lift: rows) one thread block takes at
+    most; a lift takes factors of at most `most_left` and `most_right` and `block_results` values per block and token.
     """
 
     symbol: str
@@ -53,6 +55,9 @@ class KernelFunction:
     shared_bytes: int = 0
     archs: str = ""
     block_rows: int = 0
+    block_results: int = 0
+    most_left: int = 0
+    most_right: int = 0
 
     def accepts(self, tokens: int, out_features: int, lifted_features: int) -> bool:
         """Whether this function computes a call of these sizes."""

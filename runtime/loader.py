@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from liftc.graphjson import graph_from_json
 from liftc.packing import packed_rows
 from liftc.runtime.kernels import load_kernels
 from liftc.runtime.module import CausalLM, GraphModel
-from liftc.runtime.ops import register
+from liftc.runtime.ops import Ops, register
 from liftc.runtime.tiles import TiledSigns
 
 FOLDED = "graph/folded.json"
@@ -44,6 +45,7 @@ def load(path: str | Path, device: str | torch.device | None = None, *, check: b
     ops = register(kernels)
     if place.type == "cuda" and ops.tiles.available:
         _tile_signs(graphs, tensors, ops.tiles)
+        _pass_operands(graphs, tensors, ops)
     if manifest.get("kind") == "causal-lm":
         return CausalLM(graphs, tensors, read_json(folder / "config.json"), place)
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
@@ -113,6 +115,29 @@ def _tile_signs(graphs: dict[str, Graph], tensors: dict[str, torch.Tensor], tile
             continue
         if tiles.accepts(rows, packed.shape[1]) and packed.shape[0] == packed_rows(rows):
             tensors[name] = tiles.from_packed(packed, rows)
+
+
+def _pass_operands(graphs: dict[str, Graph], tensors: dict[str, torch.Tensor], ops: Ops) -> None:
+    """Let every lift whose z goes to tiled products only hand it over as operand bytes, without int16."""
+    for graph in graphs.values():
+        for node in graph.nodes:
+            if node.target is not ir.lift or not all(u.target is operator.getitem for u in node.users):
+                continue
+            values = [user for user in node.users if user.args[1] == 0]
+            products = [user for value in values for user in value.users]
+            if products and all(_is_tiled_product(p, values, tensors) for p in products):
+                node.target = ops.lift_operands
+                for product in products:
+                    product.target = ops.tiles.sign_matmul
+        graph.lint()
+
+
+def _is_tiled_product(node: Node, values: list[Node], tensors: dict[str, torch.Tensor]) -> bool:
+    if node.target is not ir.sign_matmul or node.args[0] not in values or node.kwargs:
+        return False
+    packed = node.args[2]
+    named = isinstance(packed, Node) and packed.op == "get_attr" and str(packed.target) in tensors
+    return named and tensors[str(packed.target)].dim() == 4 and node.args[1:].count(node.args[0]) == 0  # type: ignore[union-attr]
 
 
 def _folded(folder: Path, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -18,6 +18,7 @@ from liftc.errors import LiftcError
 from liftc.kernel_object import KernelFunction
 from liftc.packing import packed_rows
 from liftc.runtime.kernels import Kernels
+from liftc.runtime.planes import Planes
 from liftc.runtime.tiles import TiledSigns
 from liftc.spec import DTYPE_NAMES
 
@@ -134,6 +135,14 @@ class Ops:
                 except _REFUSALS as error:
                     raise _sign_mistake(z, z_scale, packed, output_scale, dtype, error) from None
         return y
+
+    def lift_operands(
+        self, x: Tensor, activation_scale: Tensor | None, left: Tensor, right: Tensor
+    ) -> tuple[Planes | Tensor, Tensor]:
+        """As lift, but z as Planes where the kernels have that form; for graphs whose products take both."""
+        return self.tiles.planes.lift(x, activation_scale, left, right) or self.lift(
+            x, activation_scale, left, right
+        )
 
     def lifted_linear(
         self,

@@ -6,14 +6,12 @@ Tiles are int32 (NB, KB, 32, 4), NB = ceil(OC / 16) and KB = ceil(K / 256); four
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from liftc.errors import LiftcError
-from liftc.kernel_object import KernelFunction
 from liftc.packing import packed_rows
 from liftc.runtime.kernels import Kernels
+from liftc.runtime.planes import PlaneKernels, Planes
 from liftc.spec import DTYPE_NAMES
 
 TILE_ROWS, TILE_COLUMNS = 16, 256
@@ -40,7 +38,8 @@ class TiledSigns:
         self._multiply = [(f, functions[f.symbol]) for f in kernels.of("sign_matmul_tiled")]
         self._tile = [functions[f.symbol] for f in kernels.of("tile_signs")]
         self._unpack = {f.dtype: functions[f.symbol] for f in kernels.of("unpack_tiles")}
-        self.available = bool(self._multiply and self._tile)
+        self.planes = PlaneKernels(kernels, tuple(f.max_tokens for f, _ in self._multiply))
+        self.available = bool(self._tile and self.planes.most_tokens)
         self._processors: dict[torch.device, int] = {}
 
     def accepts(self, out_features: int, lifted_features: int) -> bool:
@@ -82,10 +81,32 @@ class TiledSigns:
             )
 
     def sign_matmul(
+        self, z: Tensor | Planes, z_scale: Tensor, tiles: Tensor, output_scale: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        """z int16 (..., K) or Planes, z_scale f32 (..., 1), output_scale f32 (OC,) -> `dtype` (..., OC).
+
+        Raises LiftcError.
+        """
+        if not isinstance(z, Planes):
+            return self._in_groups(z, z_scale, tiles, output_scale, dtype)
+        rows, tokens = output_scale.numel(), z.tokens
+        self.check(tiles, rows, z.columns)
+        size = dtype.itemsize
+        y = torch.empty(tokens * rows * size, dtype=torch.uint8, device=tiles.device)
+        spec, function = next(entry for entry in self._multiply if entry[0].accepts(tokens, 0, 0))
+        blocks, processors = tiles.shape[0], self._processors_of(tiles.device)
+        grid = min(blocks, processors * -(-blocks // (processors * spec.block_rows)))
+        operands = (tiles, z.data, z.totals, z_scale.reshape(tokens, 1), output_scale.contiguous(), y)
+        try:
+            function(*operands, grid, _KINDS[dtype])
+        except _REFUSALS as error:
+            raise _mistake(z.data, z_scale, tiles, output_scale, dtype, _line(error)) from None
+        return y.view(dtype).view(*z.lead, rows)
+
+    def _in_groups(
         self, z: Tensor, z_scale: Tensor, tiles: Tensor, output_scale: Tensor, dtype: torch.dtype
     ) -> Tensor:
-        """z int16 (..., K), z_scale f32 (..., 1), output_scale f32 (OC,) -> `dtype` (..., OC). Raises LiftcError."""
-        lead, rows, columns = z.shape[:-1], output_scale.numel(), z.shape[-1] if z.dim() else 0
+        lead, columns = z.shape[:-1], z.shape[-1] if z.dim() else 0
         tokens = z.numel() // columns if columns else 0
         if (
             dtype not in _KINDS or z.dtype != torch.int16 or not columns or output_scale.dim() != 1
@@ -93,38 +114,20 @@ class TiledSigns:
             or not z.device == z_scale.device == tiles.device == output_scale.device or z.device.type != "cuda"
         ):  # fmt: skip
             raise _mistake(z, z_scale, tiles, output_scale, dtype)
-        self.check(tiles, rows, columns)
-        if not self._multiply:
+        self.check(tiles, output_scale.shape[0], columns)
+        if not self.available:
             raise LiftcError("liftc.sign_matmul: these kernels have no tensor-core form for this device")
-        size = dtype.itemsize
-        y = torch.empty(tokens * rows * size, dtype=torch.uint8, device=z.device)
         z, z_scale = z.reshape(tokens, columns), z_scale.reshape(tokens, 1)
-        if z.data_ptr() % 16 or not z.is_contiguous():
-            z = z.clone(memory_format=torch.contiguous_format)
-        z_scale, output_scale = z_scale.contiguous(), output_scale.contiguous()
-        most = self._multiply[-1][0].max_tokens
-        kind, blocks = _KINDS[dtype], tiles.shape[0]
-        processors = self._processors_of(z.device)
-        for begin in range(0, tokens, most):
-            count = min(most, tokens - begin)
-            spec, function = self._for(count)
-            part = (z, z_scale, y)
-            if count != tokens:
-                part = (
-                    z[begin : begin + count],
-                    z_scale[begin : begin + count],
-                    y[begin * rows * size : (begin + count) * rows * size],
-                )
-            waves = -(-blocks // (processors * spec.block_rows))
-            grid = min(blocks, processors * waves)
-            try:
-                function(tiles, part[0], part[1], output_scale, part[2], grid, kind)
-            except _REFUSALS as error:
-                raise _mistake(z, z_scale, tiles, output_scale, dtype, _line(error)) from None
-        return y.view(dtype).view(*lead, rows)
-
-    def _for(self, tokens: int) -> tuple[KernelFunction, Callable[..., None]]:
-        return next(entry for entry in self._multiply if entry[0].accepts(tokens, 0, 0))
+        most = self.planes.most_tokens
+        parts = [
+            self.sign_matmul(
+                self.planes.split(z[i : i + most]), z_scale[i : i + most], tiles, output_scale, dtype
+            )
+            for i in range(0, tokens, most)
+        ]
+        if not parts:
+            return torch.empty(*lead, output_scale.shape[0], dtype=dtype, device=z.device)
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(*lead, output_scale.shape[0])
 
     def _processors_of(self, device: torch.device) -> int:
         count = self._processors.get(device)

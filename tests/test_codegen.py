@@ -56,6 +56,9 @@ def only(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
     monkeypatch.setattr(library, "TIR_DTYPES", {dtype: library.TIR_DTYPES[dtype]})
     few = {family: knobs[:1] for family, knobs in library.TENSOR_CORE_KNOBS.items()}
     monkeypatch.setattr(library, "TENSOR_CORE_KNOBS", few)
+    monkeypatch.setattr(
+        library, "LIFT_KNOBS", {family: knobs[:1] for family, knobs in library.LIFT_KNOBS.items()}
+    )
 
 
 def test_cpu_build_is_reproducible_and_described(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,7 +207,8 @@ def test_object_without_machine_code_is_refused(
 ) -> None:
     only(monkeypatch, "f32")
     script = FAKE_NVCC.replace(
-        'echo "nvcc fatal   : pretend failure" >&2; exit 1', "while [ $1 != -o ]; do shift; done; cp /dev/null $2"
+        'echo "nvcc fatal   : pretend failure" >&2; exit 1',
+        "while [ $1 != -o ]; do shift; done; cp /dev/null $2",
     )
     fake_tool(fake_cuda / "bin", "nvcc", script)
     with pytest.raises(BuildError, match="no machine code of sign_matmul_f32 for sm_89"):
