@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from operand_layouts import tile_layout, z_of
 
 from liftc import reference
 from liftc.format import LiftFormat
 from liftc.kernel_object import KernelFunction
-from liftc.packing import pack_signs, unpack_signs
+from liftc.packing import pack_signs
 from liftc.spec import Z_MAX, transform_shape
 
 pytest.importorskip("tvm", reason="kernels are built with TVM")
@@ -35,18 +36,6 @@ KNOBS = {
     "sixteen": TensorCoreKnobs(16, warps=1, ring=3, row_blocks=2, sets=1, chunk_blocks=4, z_buffers=1, block_rows=3),
 }  # fmt: skip
 LIFT = LiftKnobs(tokens=3, rows=4, threads=64, results=120, most_left=40, most_right=160)
-
-
-def tile_layout(packed: torch.Tensor) -> torch.Tensor:
-    """tiles (NB, KB, 32, 4) of a packed matrix: the layout of codegen/tir_tiles.py, written as one permutation."""
-    groups, columns = packed.shape
-    width = -(-columns // 256)
-    padded = torch.zeros(groups * 32, width * 256, dtype=torch.int64)
-    padded[:, :columns] = unpack_signs(packed, groups * 32, torch.int64).add(1).div(2, rounding_mode="floor")
-    # rows: block, half, g; columns: block, j div 2, t, j mod 2, h, byte
-    bits = padded.view(groups * 2, 2, 8, width, 4, 4, 2, 2, 4).permute(0, 3, 2, 5, 7, 1, 8, 4, 6)
-    words = (bits.reshape(groups * 2, width, 32, 4, 32) << torch.arange(32)).sum(-1)
-    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
 
 
 class Emulated:
@@ -136,12 +125,6 @@ class Emulated:
 @pytest.fixture(scope="module", params=[False, True], ids=["late copies", "early copies"])
 def emulated(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Emulated:
     return Emulated(tmp_path_factory.mktemp("emulated"), request.param)
-
-
-def z_of(planes: torch.Tensor, tokens: int, columns: int) -> torch.Tensor:
-    """The fixed-point values that planes stand for."""
-    parts = planes[:, :, : 2 * tokens].to(torch.int32).view(-1, 4, tokens, 2, 64).permute(2, 0, 1, 3, 4)
-    return (256 * parts[..., 0, :] + parts[..., 1, :]).reshape(tokens, -1)[:, :columns].to(torch.int16)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,219 @@
+"""Tensor-core kernels and fused operands on a GPU, against liftc/reference.py; objects as in test_kernels_gpu.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from operand_layouts import tile_layout, z_of
+from test_kernels_gpu import DTYPES, LIFTS, lift_operands, loaded, on_gpu, sign_operands  # noqa: F401
+
+from liftc import ir, reference
+from liftc.errors import LiftcError
+from liftc.packing import pack_signs
+from liftc.runtime.kernels import Kernels
+from liftc.runtime.ops import WEIGHT_FIRST_TOKENS, Ops, register
+from liftc.runtime.planes import Planes
+from liftc.spec import Z_MAX
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+SHAPES = (
+    (576, 1386),
+    (33, 700),
+    (16, 8),
+    (1, 1),
+    (100, 129),
+    (64, 2),
+    (4096, 9856),
+    (28672, 154),
+    (70, 40000),
+)
+LEADS = ((0,), (1,), (2, 2), (1, 1, 1), (5,), (8,), (3, 3), (16,), (17,), (2, 20))
+
+
+@pytest.fixture
+def ops(loaded: Kernels) -> Iterator[Ops]:  # noqa: F811
+    ops = register(loaded)
+    if not ops.tiles.available:
+        pytest.skip("the object has no tensor-core kernels for this GPU")
+    yield ops
+    for op in ("lift", "sign_matmul", "lifted_linear"):
+        ir.unregister_kernel(op, "cuda")
+
+
+@pytest.mark.parametrize("rows, columns", SHAPES)
+def test_tiles_have_the_documented_layout(ops: Ops, rows: int, columns: int) -> None:
+    packed = sign_operands((1,), rows, columns)[2]
+    tiles = ops.tiles.from_packed(packed.cuda(), rows)
+    assert torch.equal(tiles.cpu(), tile_layout(packed)[: -(-rows // 16)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows, columns", SHAPES)
+def test_sign_matmul_is_bit_identical(ops: Ops, rows: int, columns: int, dtype: torch.dtype) -> None:
+    for lead in LEADS:
+        operands = sign_operands(lead, rows, columns)
+        z, z_scale, packed, scale = on_gpu(operands)
+        tiles = ops.tiles.from_packed(packed, rows)
+        want = reference.sign_matmul(*operands, dtype)
+        got = ir.sign_matmul(z, z_scale, tiles, scale, dtype)
+        assert got.dtype == dtype and torch.equal(got.cpu(), want), lead
+        assert torch.equal(ir.sign_matmul(z, z_scale, tiles, scale, dtype), got)
+
+
+@pytest.mark.parametrize("pattern", ["all", "none", "alternating", "extremes"])
+def test_largest_sums_do_not_wrap(ops: Ops, pattern: str) -> None:
+    columns, rows = 131072, 33
+    z = torch.full((2, columns), Z_MAX, dtype=torch.int16)
+    z[1] = -Z_MAX
+    signs = torch.full((rows, columns), -1 if pattern == "none" else 1)
+    if pattern == "alternating":
+        signs[:, ::2] = -1
+    if pattern == "extremes":
+        z[:, ::2] *= -1
+        signs[:, ::2] = -1
+    packed, ones = pack_signs(signs), torch.ones(rows)
+    tiles = ops.tiles.from_packed(packed.cuda(), rows)
+    got = ir.sign_matmul(z.cuda(), torch.ones(2, 1).cuda(), tiles, ones.cuda(), torch.float32)
+    assert torch.equal(got.cpu(), reference.sign_matmul(z, torch.ones(2, 1), packed, ones, torch.float32))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("in_features, fmt", LIFTS)
+def test_operand_lift_is_within_one_step(ops: Ops, in_features: int, fmt: object, dtype: torch.dtype) -> None:
+    for lead in ((1,), (1, 1, 1), (3,), (4, 2), (16,)):
+        x, scale, left, right = lift_operands(lead, in_features, fmt)  # type: ignore[arg-type]
+        x = x.to(dtype)
+        x[0] = 0.0 if lead != (1,) else x[0]
+        for used in (scale, None):
+            device_scale = None if used is None else used.cuda()
+            planes, z_scale = ops.lift_operands(x.cuda(), device_scale, left.cuda(), right.cuda())
+            assert isinstance(planes, Planes), "no kernel took a lift of an ordinary shape"
+            exact = reference.lift_real(
+                x.double(), None if used is None else used.double(), left.double(), right.double()
+            ).reshape(planes.tokens, -1)
+            z = z_of(planes.data.cpu(), planes.tokens, planes.columns)
+            step = exact.abs().amax(-1, keepdim=True) / Z_MAX
+            assert z_scale.shape == (*lead, 1)
+            torch.testing.assert_close(z_scale.view(-1, 1).cpu().double(), step, rtol=1e-5, atol=0)
+            error = (z * z_scale.view(-1, 1).cpu().double() - exact).abs() / step.clamp_min(1e-30)
+            assert float(error.max()) < 0.7
+            assert torch.equal(planes.totals.cpu(), z.sum(1, dtype=torch.int32))
+
+
+def test_operand_lift_of_nan_and_infinite_tokens(ops: Ops) -> None:
+    x, _, left, right = lift_operands((4,), *LIFTS[0])
+    x[1, 5], x[2, 69] = torch.nan, -torch.inf
+    planes, z_scale = ops.lift_operands(x.cuda(), None, left.cuda(), right.cuda())
+    assert isinstance(planes, Planes)
+    z = z_of(planes.data.cpu(), 4, planes.columns)
+    assert not z[1:3].any() and z_scale[1:3].isnan().all() and z[0].any() and z[3].abs().max() == Z_MAX
+
+
+def test_products_of_operands_equal_products_of_z(ops: Ops) -> None:
+    for tokens in (1, 3, 8, 16):
+        x, scale, left, right = on_gpu(lift_operands((tokens,), *LIFTS[0]))
+        rows, columns = 1000, left.shape[0] * right.shape[1]
+        packed, out_scale = sign_operands((1,), rows, columns)[2:]
+        tiles = ops.tiles.from_packed(packed.cuda(), rows)
+        planes, z_scale = ops.lift_operands(x, scale, left, right)
+        assert isinstance(planes, Planes)
+        got = ops.tiles.sign_matmul(planes, z_scale, tiles, out_scale.cuda(), torch.float32)
+        z = z_of(planes.data.cpu(), tokens, columns)
+        assert torch.equal(
+            got.cpu(), reference.sign_matmul(z, z_scale.cpu(), packed, out_scale, torch.float32)
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [0, 1, WEIGHT_FIRST_TOKENS["cuda"], WEIGHT_FIRST_TOKENS["cuda"] + 5])
+def test_lifted_linear_on_tiles(ops: Ops, tokens: int, dtype: torch.dtype) -> None:
+    for in_features, fmt in LIFTS[:3]:
+        x, scale, left, right = lift_operands((1, tokens), in_features, fmt)
+        x = x.to(dtype)
+        packed, out_scale = sign_operands((1,), 77, left.shape[0] * right.shape[1])[2:]
+        tiles = ops.tiles.from_packed(packed.cuda(), 77)
+        got = ir.lifted_linear(*on_gpu([x, scale, left, right]), tiles, out_scale.cuda())
+        doubles = [t.double() for t in (x, scale, left, right)]
+        exact = reference.lifted_linear(*doubles, packed, out_scale.double())
+        bound = 2e-4 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
+        peak = float(exact.abs().max()) if tokens else 1.0
+        torch.testing.assert_close(got.cpu().double(), exact, rtol=bound, atol=bound * peak)
+
+
+def test_chain_in_a_graph_and_on_two_streams_stays_exact(ops: Ops) -> None:
+    """Dependent launches: every product reads what the lift just before it wrote, 200 times over."""
+    x, _, left, right = lift_operands((1,), *LIFTS[0])
+    rows, columns = 576, left.shape[0] * right.shape[1]
+    packed, out_scale = sign_operands((1,), rows, columns)[2:]
+    tiles, scale, left, right = (
+        ops.tiles.from_packed(packed.cuda(), rows),
+        out_scale.cuda(),
+        left.cuda(),
+        right.cuda(),
+    )
+    inputs = [(x * (i + 1) ** 0.5).cuda() for i in range(4)]
+
+    def chain() -> list[torch.Tensor]:
+        results = []
+        for value in inputs * 5:
+            planes, z_scale = ops.lift_operands(value, None, left, right)
+            results.append(ops.tiles.sign_matmul(planes, z_scale, tiles, scale, torch.float32))
+        return results
+
+    want = [y.clone() for y in chain()]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    graphs, outputs = [], []
+    for stream in streams:
+        with torch.cuda.stream(stream):
+            chain()
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs.append(chain())
+        graphs.append(graph)
+    for _ in range(10):
+        for stream, graph in zip(streams, graphs, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+    torch.cuda.synchronize()
+    for results in outputs:
+        assert all(torch.equal(a, b) for a, b in zip(results, want, strict=True))
+
+
+def test_misuse_is_one_sentence(ops: Ops) -> None:
+    z, z_scale, packed, scale = on_gpu(sign_operands((2,), 70, 600))
+    tiles = ops.tiles.from_packed(packed, 70)
+    for bad, message in (
+        ((z.float(), z_scale, tiles, scale, torch.float32), "z f32"),
+        ((z, z_scale.double(), tiles, scale, torch.float32), "z_scale f64"),
+        ((z[:, :500].contiguous(), z_scale, tiles, scale, torch.float32), "70 x 500 signs need"),
+        ((z, z_scale, tiles[:4], scale, torch.float32), r"need contiguous i32\[5,3,32,4\]"),
+        (
+            (z, z_scale, tiles.transpose(2, 3).contiguous().transpose(2, 3), scale, torch.float32),
+            "contiguous",
+        ),
+        ((z, z_scale, tiles.long(), scale, torch.float32), "got i64"),
+        ((z, z_scale, tiles.cpu(), scale, torch.float32), "on one GPU"),
+        ((z, z_scale, tiles, scale.cpu(), torch.float32), "on one GPU"),
+        ((z, z_scale, tiles, scale, torch.int32), "dtype torch.int32"),
+    ):
+        with pytest.raises(LiftcError, match=message):
+            ir.sign_matmul(*bad)
+    with pytest.raises(LiftcError, match=r"70 rows need i32\[3,K\]"):
+        ops.tiles.from_packed(packed[:2], 70)
+
+
+def test_strided_and_misaligned_z(ops: Ops) -> None:
+    operands = sign_operands((1, 9), 70, 104)
+    want = reference.sign_matmul(*operands, torch.float32)
+    z, z_scale, packed, out_scale = on_gpu(operands)
+    tiles = ops.tiles.from_packed(packed, 70)
+    odd = torch.empty(9 * 104 + 1, dtype=torch.int16, device="cuda")[1:].view(1, 9, 104).copy_(z)
+    for value in (odd, z.repeat(1, 1, 2)[..., :104], z.expand(1, 9, 104)):
+        assert torch.equal(ir.sign_matmul(value, z_scale, tiles, out_scale, torch.float32).cpu(), want)
