@@ -23,11 +23,12 @@ import argparse
 import json
 import math
 import multiprocessing
+import queue
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -102,7 +103,7 @@ def fit_grid(weight: Tensor, bits: int, group: int, *, clip: bool) -> Grid:
     return best
 
 
-def gptq(weight: Tensor, gram: Tensor, grid: Grid, damp: float = 0.01, block: int = 128) -> Tensor:
+def gptq(weight: Tensor, gram: Tensor, grid: Grid, damp: float = 0.01, block: int = 64) -> Tensor:
     """GPTQ (Frantar et al. 2023) of weight (OC, IC) under gram (IC, IC), columns by falling diagonal."""
     w, h = weight.float().clone(), gram.double()
     dead = h.diagonal() == 0
@@ -112,28 +113,68 @@ def gptq(weight: Tensor, gram: Tensor, grid: Grid, damp: float = 0.01, block: in
     h = h[order][:, order]
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
     factor = torch.linalg.cholesky((inverse + inverse.T) / 2, upper=True).float()
-    w = w[:, order]
     which = (torch.arange(w.shape[1], device=w.device) // grid.group)[order]
-    scale, zero, top = (
-        grid.scale[:, which].T.contiguous(),
-        grid.zero[:, which].T.contiguous(),
-        2**grid.bits - 1,
-    )
-    columns, done = w.T.contiguous(), torch.empty_like(w.T)
+    scale, zero = grid.scale[:, which].T.contiguous(), grid.zero[:, which].T.contiguous()
+    columns = w[:, order].T.contiguous()
+    done = torch.empty_like(columns)
     for first in range(0, len(columns), block):
         last = min(first + block, len(columns))
-        part, errors = columns[first:last], torch.empty_like(columns[first:last])
-        local = factor[first:last, first:last]
-        for i in range(last - first):
-            s, z = scale[first + i], zero[first + i]
-            q = (torch.round(part[i] / s) + z).clamp_(0, top).sub_(z).mul_(s)
-            done[first + i] = q
-            errors[i] = (part[i] - q) / local[i, i]
-            part[i + 1 :].addr_(local[i, i + 1 :], errors[i], alpha=-1)
+        job = ColumnBlock.of(last - first, len(w), 2**grid.bits - 1, w.device)
+        done[first:last], errors = job.run(
+            columns[first:last], scale[first:last], zero[first:last], factor[first:last, first:last]
+        )
         columns[last:] -= factor[first:last, last:].T @ errors
     result = torch.empty_like(w)
     result[:, order] = done.T
     return result
+
+
+class ColumnBlock:
+    """GPTQ's loop over the columns of one block: some 500 small operations, one CUDA graph where there is a GPU."""
+
+    made: ClassVar[dict[tuple[int, int, int, torch.device], ColumnBlock]] = {}
+
+    def __init__(self, columns: int, rows: int, top: int, device: torch.device) -> None:
+        self.part, self.scale, self.zero, self.done, self.errors = torch.ones(5, columns, rows, device=device)
+        self.factor = torch.eye(columns, device=device)
+        self.top = top
+        self.graph: torch.cuda.CUDAGraph | None = None
+        if device.type == "cuda":
+            side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                self.loop()
+            torch.cuda.current_stream().wait_stream(side)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.loop()
+
+    @classmethod
+    def of(cls, columns: int, rows: int, top: int, device: torch.device) -> ColumnBlock:
+        key = (columns, rows, top, device)
+        if key not in cls.made:
+            cls.made[key] = cls(*key)
+        return cls.made[key]
+
+    def loop(self) -> None:
+        for i in range(len(self.part)):
+            scale, zero, done, error = self.scale[i], self.zero[i], self.done[i], self.errors[i]
+            torch.div(self.part[i], scale, out=done)
+            done.round_().add_(zero).clamp_(0, self.top).sub_(zero).mul_(scale)
+            torch.sub(self.part[i], done, out=error)
+            error.div_(self.factor[i, i])
+            if i + 1 < len(self.part):
+                self.part[i + 1 :].addr_(self.factor[i, i + 1 :], error, alpha=-1)
+
+    def run(self, part: Tensor, scale: Tensor, zero: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+        """(rounded columns, their errors over the factor's diagonal), both to be used before the next call."""
+        for own, given in ((self.part, part), (self.scale, scale), (self.zero, zero), (self.factor, factor)):
+            own.copy_(given)
+        if self.graph is not None:
+            self.graph.replay()
+        else:
+            self.loop()
+        return self.done, self.errors
 
 
 def hqq(weight: Tensor, bits: int, group: int, steps: int = 20) -> Tensor:
@@ -168,15 +209,15 @@ def output_loss(error: Tensor, gram: Tensor) -> float:
     return float(((error.double() @ gram.double()) * error.double()).sum())
 
 
-def awq_scales(weights: list[Tensor], gram: Tensor, magnitude: Tensor, bits: int, group: int) -> Tensor:
+def awq_scales(weight: Tensor, gram: Tensor, magnitude: Tensor, bits: int, group: int) -> Tensor:
     """The scale magnitude^alpha, alpha in 0, 0.05 ... 0.95, of least output error (AWQ, Lin et al. 2024)."""
     best, least = torch.ones_like(magnitude), math.inf
     for step in range(20):
         s = magnitude.clamp_min(1e-4).pow(step / 20)
         s = s / (s.max() * s.min()).sqrt()
-        loss = sum(
-            output_loss(fit_grid(w * s, bits, group, clip=False).round(w * s) / s - w, gram) for w in weights
-        )
+        scaled = weight * s
+        error = fit_grid(scaled, bits, group, clip=False).round(scaled) / s - weight
+        loss = output_loss(error, gram)
         if loss < least:
             best, least = s, loss
     return best
@@ -268,12 +309,15 @@ def quantize(model: Any, method: str, bits: int, group: int, calibration: Tensor
     for layer in layers:
         for names in SHARED:
             gram = states.grams(layer, [names[0]])[names[0]][0]
-            for linear in (layer.get_submodule(name) for name in names):
-                weight = linear.weight.float()
-                grid = fit_grid(weight, bits, group, clip=method == "gptq-clip")
-                found, plain = gptq(weight, gram, grid), grid.round(weight)
-                ratios.append(output_loss(found - weight, gram) / output_loss(plain - weight, gram))
-                linear.weight.copy_(found)
+            linears = [layer.get_submodule(name) for name in names]
+            weight = torch.cat([linear.weight for linear in linears]).float()
+            grid = fit_grid(weight, bits, group, clip=method == "gptq-clip")
+            found, plain = gptq(weight, gram, grid), grid.round(weight)
+            sizes = [len(linear.weight) for linear in linears]
+            parts = [torch.split(error - weight, sizes) for error in (found, plain)]
+            for linear, rows, ours, other in zip(linears, torch.split(found, sizes), *parts, strict=True):
+                ratios.append(output_loss(ours, gram) / output_loss(other, gram))
+                linear.weight.copy_(rows)
         states.advance(layer)
     worse = sum(ratio >= 1 for ratio in ratios)
     mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
@@ -289,7 +333,8 @@ def awq_layer(layer: Any, grams: dict[str, tuple[Tensor, Tensor]], bits: int, gr
         linears = [layer.get_submodule(name) for name in names]
         s = torch.ones_like(magnitude)
         if names[0] != "self_attn.o_proj":  # its input is made by fewer value heads: nothing to fold into
-            s = awq_scales([linear.weight.float() for linear in linears], gram, magnitude, bits, group)
+            stacked = torch.cat([linear.weight for linear in linears]).float()
+            s = awq_scales(stacked, gram, magnitude, bits, group)
             before = layer.get_submodule(folded.get(names[0], "mlp.up_proj"))
             by = s if before.weight.ndim == 1 else s[:, None]
             before.weight.copy_(before.weight.float() / by)
@@ -424,15 +469,15 @@ def main() -> None:
     for process in processes:
         process.start()
     name = torch.cuda.get_device_name() if a.device.startswith("cuda") else "CPU"
-    print(f"{name}, torch {torch.__version__}")
+    print(f"{name}, torch {torch.__version__}", flush=True)
     print(f"{'method':10s} {'b':>2s} {'g':>4s} {'stored':>7s} |{'wiki ppl':>10s}{'KL':>8s}{'top-1':>7s} |"
-          f"{'web ppl':>10s}{'KL':>8s}{'top-1':>7s} | s")  # fmt: skip
+          f"{'web ppl':>10s}{'KL':>8s}{'top-1':>7s} | s", flush=True)  # fmt: skip
     rows: list[dict[str, Any]] = []
     running = len(processes)
     while running:
         try:
             row = done.get(timeout=5)
-        except Exception:
+        except queue.Empty:
             running = min(running, sum(process.is_alive() for process in processes))
             continue
         if row is None:

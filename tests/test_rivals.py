@@ -65,7 +65,7 @@ def test_gptq_beats_rounding_under_the_gram(rivals: ModuleType, bits: int) -> No
 def test_awq_never_loses_to_rounding(rivals: ModuleType) -> None:
     weight, gram = layer(32, 160, 5)
     magnitude = gram.diagonal().sqrt().float()
-    scale = rivals.awq_scales([weight], gram, magnitude, 3, 64)
+    scale = rivals.awq_scales(weight, gram, magnitude, 3, 64)
     plain = rivals.fit_grid(weight, 3, 64, clip=False).round(weight)
     scaled = rivals.fit_grid(weight * scale, 3, 64, clip=False).round(weight * scale) / scale
     clipped = rivals.awq_clip(weight, gram, 3, 64)
