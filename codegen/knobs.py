@@ -49,7 +49,8 @@ class TensorCoreKnobs:
     16 rows and 4 tokens, 1, 2, 4 or 8 (fewer: fewer registers, more shifts). chunk_blocks: blocks of 256 columns
     in a chunk of z, z_buffers: chunks in shared memory at a time. block_rows: most blocks of 16 rows of one
     block. prefetch_tiles: tiles per warp asked into L2 behind the ring. dependent_launch:
-    start while the kernel before still runs (sm_90 on). pad_bytes: unused shared memory, to keep blocks apart.
+    start while the kernel before still runs (sm_90 on); late_launch: let the next start only after the last tile.
+    pad_bytes: unused shared memory, to keep blocks apart.
     """
 
     tokens: int = 1
@@ -62,6 +63,7 @@ class TensorCoreKnobs:
     block_rows: int = 32
     prefetch_tiles: int = 0
     dependent_launch: bool = False
+    late_launch: bool = False
     pad_bytes: int = 0
 
     def shared_bytes(self) -> int:
@@ -69,7 +71,8 @@ class TensorCoreKnobs:
         planes = self.z_buffers * self.chunk_blocks * self.tokens * 512
         ring = self.warps * self.ring * self.row_blocks * 512
         sums = -(-self.tokens * (self.block_rows * 16 + 8) * 4 // 16) * 16
-        return planes + ring + sums + -(-self.z_buffers // 2) * 16 + self.pad_bytes
+        totals = -(-self.tokens * 4 // 16) * 16
+        return planes + ring + sums + totals + -(-self.z_buffers // 2) * 16 + self.pad_bytes
 
     def describe(self) -> tuple[str, ...]:
         """One text "name=value" per knob."""
@@ -80,23 +83,27 @@ class TensorCoreKnobs:
 class LiftKnobs:
     """Choices of the lift in one launch (codegen/tensorcore_lift.py).
 
-    tokens: the most of a call. rows: rows of T* x of a block. results: most values of T* x of a block and token.
-    most_left, most_right: largest factors. blocks_per_processor: for which registers are saved.
+    tokens: the most of a call. rows: rows of T* x of a block. x_bytes: most bytes of one token's x. x_buffers: tokens
+    whose x is in shared memory. slice_values: most values of the right factor of a block. results: most values of
+    T* x of a block and token. most_left, most_right: largest factors. dependent_launch: as in TensorCoreKnobs.
     """
 
     tokens: int = 1
     rows: int = 4
-    threads: int = 256
-    results: int = 576
-    most_left: int = 256
-    most_right: int = 512
-    blocks_per_processor: int = 4
+    threads: int = 512
+    x_bytes: int = 16384
+    x_buffers: int = 1
+    slice_values: int = 6144
+    results: int = 256
+    most_left: int = 128
+    most_right: int = 256
     dependent_launch: bool = False
 
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block."""
-        factors = (self.most_left + self.most_right + self.threads) * self.rows * 4
-        return factors + self.tokens * self.results * 4 + -(-self.tokens * 4 // 16) * 16
+        floats = (self.most_left + self.most_right + 2 * self.threads) * self.rows + self.slice_values
+        floats += self.tokens * self.results + 2 * -(-self.tokens // 4) * 4 + 4
+        return self.x_buffers * self.x_bytes + 4 * floats
 
     def describe(self) -> tuple[str, ...]:
         """One text "name=value" per knob."""
