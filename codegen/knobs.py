@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -148,11 +148,27 @@ TENSOR_CORE_KNOBS: dict[str, tuple[TensorCoreKnobs, ...]] = {
 }
 """Choices per family, fewest tokens first."""
 
+_WIDE_LIFT = LiftKnobs(
+    rows=8,
+    x_bytes=57344,
+    slice_values=18816,
+    results=672,
+    most_left=256,
+    most_right=256,
+    dependent_launch=True,
+)
 LIFT_KNOBS: dict[str, tuple[LiftKnobs, ...]] = {
-    family: tuple(LiftKnobs(tokens, dependent_launch=family in ("hopper", "blackwell")) for tokens in (1, 16))
-    for family in TENSOR_CORE_KNOBS
+    "ampere": (LiftKnobs(1), LiftKnobs(16)),
+    "ada": (LiftKnobs(1), LiftKnobs(16)),
+    "hopper": (
+        LiftKnobs(1, dependent_launch=True),
+        LiftKnobs(16, dependent_launch=True),
+        _WIDE_LIFT,
+        replace(_WIDE_LIFT, tokens=16),
+    ),
+    "blackwell": (LiftKnobs(1, dependent_launch=True), LiftKnobs(16, dependent_launch=True)),
 }
-"""Choices of the lift per family, fewest tokens first."""
+"""Choices of the lift per family: those for small layers before those for wide ones, fewest tokens first."""
 
 
 def chip_family(arch: str) -> str:

@@ -111,7 +111,7 @@ def tensor_core_templates(
         symbol = f"sign_matmul_tiled_{name}_{knobs.tokens}"
         function = KernelFunction(
             symbol, "sign_matmul_tiled", "", max_tokens=knobs.tokens, shared_bytes=knobs.shared_bytes(),
-            archs=",".join(archs), block_rows=knobs.block_rows,
+            archs=",".join(archs), block_rows=knobs.block_rows, warps=knobs.warps,
         )  # fmt: skip
         yield KernelTemplate(function, partial(tensorcore_sign.sign_matmul_tiled, symbol, knobs))
 
@@ -129,11 +129,12 @@ def operand_templates(
     )
     for knobs in choices:
         for short, dtype in TIR_DTYPES.items():
-            symbol = f"lift_planes_{name}_{short}_{knobs.tokens}"
+            symbol = f"lift_planes_{name}_{short}_{knobs.x_bytes}_{knobs.tokens}"
             function = KernelFunction(
                 symbol, "lift_planes", short, max_tokens=knobs.tokens, shared_bytes=knobs.shared_bytes(),
-                archs=members, block_rows=knobs.rows, block_results=knobs.results, most_left=knobs.most_left,
-                most_right=knobs.most_right,
+                archs=members, block_rows=knobs.rows, warps=knobs.threads // 32, block_results=knobs.results,
+                block_slice=knobs.slice_values, most_left=knobs.most_left, most_right=knobs.most_right,
+                most_bytes=knobs.x_bytes,
             )  # fmt: skip
             yield KernelTemplate(function, partial(tensorcore_lift.lift_planes, symbol, dtype, knobs))
 
