@@ -30,7 +30,6 @@ from liftc.quant import lattice, mapping
 from liftc.quant.encode import decode, encode_prepared, prepare
 
 RIDGE = 1e-4
-EVALUATION = (16, 64, 256, 1024)
 Update = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -61,7 +60,8 @@ def structure(kind: str, d: int, big: int, device: str) -> tuple[Update, torch.T
     eye = RIDGE * torch.eye(big, dtype=torch.float64, device=device)
 
     def free(c: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        return torch.linalg.solve(c + eye, x.T).T
+        solution: torch.Tensor = torch.linalg.solve(c + eye, x.T).T
+        return solution
 
     name, _, argument = kind.partition(":")
     if name == "free":
@@ -83,7 +83,8 @@ def structure(kind: str, d: int, big: int, device: str) -> tuple[Update, torch.T
         def masked(c: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
             c, x = turn @ (c + eye) @ turn.T, x @ turn.T
             systems = kept[:, :, None] * c * kept[:, None, :] + torch.diag_embed(1 - kept)
-            return torch.linalg.solve(systems, kept * x) @ turn
+            solution: torch.Tensor = torch.linalg.solve(systems, kept * x) @ turn
+            return solution
 
         return masked, (plain @ turn.T * kept) @ turn if name == "band" else kept * plain @ turn
     return tied(int(argument), name == "signed", d, big, device, eye)
@@ -128,14 +129,19 @@ def nearest_kron(matrix: torch.Tensor) -> torch.Tensor:
     return torch.cat([product, matrix[:, big:]], 1)
 
 
-def learn(task: Task, metrics: torch.Tensor | None, device: str) -> tuple[torch.Tensor, mapping.Recipe]:
-    """`mapping.learn_mapping` with a structure, sampled metrics (16 a step) or noise on what is encoded."""
+def learn(
+    task: Task, metrics: torch.Tensor | None, device: str, **changes: Any
+) -> tuple[torch.Tensor, mapping.Recipe]:
+    """`mapping.learn_mapping` with a structure, sampled metrics (16 a step) or noise on what is encoded.
+
+    changes: fields of the recipe for all tasks, such as a smaller batch on a CPU.
+    """
     fmt = LiftFormat.parse(task.name)
     d, big = fmt.subspace_dim, fmt.lifted_dim
     recipe = mapping.Recipe(
         steps=300, batch=16384, lam=mapping.suggested_lam(fmt), band=min(8.0, d / 4), step=0.1
     )
-    recipe = replace(recipe, **task.recipe)
+    recipe = replace(recipe, **task.recipe, **changes)
     solve, matrix = structure(task.kind, d, big, device)
     warmup = recipe.warmup
     if task.shipped_start:
@@ -311,24 +317,27 @@ def tasks() -> list[Task]:
     return todo + [Task(name, "structure", kind) for kind in kinds for name in ("77/32", "64/32", "96/32")]
 
 
-def run_task(task: Task, stored: dict[str, Any], device: str) -> dict[str, Any]:
+def run_task(task: Task, stored: dict[str, Any], a: argparse.Namespace) -> dict[str, Any]:
     """Learn one matrix and measure it on unit Gaussians, and in groups that need it on metrics and problems."""
     began = time.monotonic()
     odd = [metric.float() for name, metric in stored["metrics"].items() if int(name.split("/")[0]) % 2]
     even = [metric.float() for name, metric in stored["metrics"].items() if int(name.split("/")[0]) % 2 == 0]
     taught = {"": None, "given": torch.stack(even), "aligned": aligned(torch.stack(even))}[task.metrics]
-    matrix, recipe = learn(task, taught, device)
+    changes = {key: getattr(a, key) for key in ("batch", "steps") if getattr(a, key)}
+    matrix, recipe = learn(task, taught, a.device, **changes)
     row: dict[str, Any] = {
         "format": task.name, "group": task.group, "kind": task.kind, "metrics": task.metrics,
         "noise": task.noise, "shipped_start": task.shipped_start, "recipe": task.recipe,
         "learning_seconds": round(time.monotonic() - began, 1), "gaussian": {},
     }  # fmt: skip
-    for beam in EVALUATION:
-        mse, error, _ = mapping.evaluate_mapping(matrix, beam, 100_000, 987654321, recipe.lam, device)
+    for beam in map(int, a.beams.split(",")):
+        mse, error, _ = mapping.evaluate_mapping(
+            matrix, beam, 100_000, lattice.EVALUATION_SEED, recipe.lam, a.device
+        )
         row["gaussian"][beam] = (mse, error)
     plain = task.kind == "free" and task.group == "structure" and task.name.endswith("/32")
     if task.metrics or plain:
-        placed = matrix.to(device)
+        placed = matrix.to(a.device)
         held = torch.stack(odd)[torch.randperm(len(odd), generator=torch.Generator().manual_seed(0))[:160]]
         for name, seen in (("held_out", held), ("held_out_aligned", aligned(held))):
             row[name] = {b: metric_error(placed, seen, recipe.lam, b).tolist() for b in (64, 256)}
@@ -349,7 +358,7 @@ def worker(a: argparse.Namespace, todo: Any, done: Any, deadline: float) -> None
             task = todo.get_nowait()
         except queue.Empty:
             break
-        done.put(run_task(task, stored, a.device))
+        done.put(run_task(task, stored, a))
     done.put(None)
 
 
@@ -360,7 +369,8 @@ def run(a: argparse.Namespace) -> None:
     context = multiprocessing.get_context("spawn")
     todo, done = context.Queue(), context.Queue()
     for task in tasks():
-        if task.group in a.only.split(",") and (not a.formats or task.name in a.formats.split(",")):
+        wanted = task.group in a.only.split(",") and task.name in (a.formats or task.name).split(",")
+        if wanted and task.kind in (a.kinds or task.kind).split(","):
             todo.put(task)
     time.sleep(0.5)
     processes = [context.Process(target=worker, args=(a, todo, done, deadline)) for _ in range(a.workers)]
@@ -409,6 +419,12 @@ def main() -> None:
     second.add_argument("--device", default="cuda")
     second.add_argument("--only", default="schedule,metric,structure", help="groups of tasks")
     second.add_argument("--formats", default="", help="for example 64/32,77/32; default: all")
+    second.add_argument("--beams", default="16,64,256,1024", help="to measure with")
+    second.add_argument("--batch", type=int, default=0, help="vectors per step (default 16384)")
+    second.add_argument(
+        "--steps", type=int, default=0, help="steps of every task (default: its own, 300 or more)"
+    )
+    second.add_argument("--kinds", default="", help="structures, for example free,signed:4 (default: all)")
     second.add_argument("--workers", type=int, default=6)
     second.add_argument("--seconds", type=float, default=150.0, help="start no task after this time")
     second.set_defaults(action=run)
