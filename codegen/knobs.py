@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,7 @@ class TensorCoreKnobs:
     16 rows and 4 tokens, 1, 2, 4 or 8 (fewer: fewer registers, more shifts). chunk_blocks: blocks of 256 columns
     in a chunk of z, z_buffers: chunks in shared memory at a time. block_rows: most blocks of 16 rows of one
     block. prefetch_tiles: tiles per warp asked into L2 behind the ring. dependent_launch:
-    start while the kernel before still runs (sm_90 on); late_launch: let the next start only after the last tile.
-    pad_bytes: unused shared memory, to keep blocks apart.
+    start while the kernel before still runs (sm_90 on). pad_bytes: unused shared memory, to keep blocks apart.
     """
 
     tokens: int = 1
@@ -63,7 +62,6 @@ class TensorCoreKnobs:
     block_rows: int = 32
     prefetch_tiles: int = 0
     dependent_launch: bool = False
-    late_launch: bool = False
     pad_bytes: int = 0
 
     def shared_bytes(self) -> int:
@@ -71,8 +69,7 @@ class TensorCoreKnobs:
         planes = self.z_buffers * self.chunk_blocks * self.tokens * 512
         ring = self.warps * self.ring * self.row_blocks * 512
         sums = -(-self.tokens * (self.block_rows * 16 + 8) * 4 // 16) * 16
-        totals = -(-self.tokens * 4 // 16) * 16
-        return planes + ring + sums + totals + -(-self.z_buffers // 2) * 16 + self.pad_bytes
+        return planes + ring + sums + -(-self.z_buffers // 2) * 16 + self.pad_bytes
 
     def describe(self) -> tuple[str, ...]:
         """One text "name=value" per knob."""
@@ -83,27 +80,23 @@ class TensorCoreKnobs:
 class LiftKnobs:
     """Choices of the lift in one launch (codegen/tensorcore_lift.py).
 
-    tokens: the most of a call. rows: rows of T* x of a block. x_bytes: most bytes of one token's x. x_buffers: tokens
-    whose x is in shared memory. slice_values: most values of the right factor of a block. results: most values of
-    T* x of a block and token. most_left, most_right: largest factors. dependent_launch: as in TensorCoreKnobs.
+    tokens: the most of a call. rows: rows of T* x of a block. results: most values of T* x of a block and token.
+    most_left, most_right: largest factors. blocks_per_processor: for which registers are saved.
     """
 
     tokens: int = 1
     rows: int = 4
-    threads: int = 512
-    x_bytes: int = 16384
-    x_buffers: int = 1
-    slice_values: int = 6144
-    results: int = 256
-    most_left: int = 128
-    most_right: int = 256
+    threads: int = 256
+    results: int = 576
+    most_left: int = 256
+    most_right: int = 512
+    blocks_per_processor: int = 4
     dependent_launch: bool = False
 
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block."""
-        floats = (self.most_left + self.most_right + 2 * self.threads) * self.rows + self.slice_values
-        floats += self.tokens * self.results + 2 * -(-self.tokens // 4) * 4 + 4
-        return self.x_buffers * self.x_bytes + 4 * floats
+        factors = (self.most_left + self.most_right + self.threads) * self.rows * 4
+        return factors + self.tokens * self.results * 4 + -(-self.tokens * 4 // 16) * 16
 
     def describe(self) -> tuple[str, ...]:
         """One text "name=value" per knob."""
@@ -134,10 +127,10 @@ TENSOR_CORE_KNOBS: dict[str, tuple[TensorCoreKnobs, ...]] = {
         TensorCoreKnobs(16, warps=8, ring=4, chunk_blocks=3, block_rows=24, sets=4),
     ),
     "hopper": (
-        TensorCoreKnobs(1, ring=20, chunk_blocks=40, dependent_launch=True),
-        TensorCoreKnobs(4, ring=12, chunk_blocks=24, dependent_launch=True),
-        TensorCoreKnobs(8, ring=8, chunk_blocks=16, sets=4, dependent_launch=True),
-        TensorCoreKnobs(16, warps=8, ring=6, chunk_blocks=8, sets=4, dependent_launch=True),
+        TensorCoreKnobs(1, ring=6, chunk_blocks=136, dependent_launch=True),
+        TensorCoreKnobs(4, ring=6, chunk_blocks=40, dependent_launch=True),
+        TensorCoreKnobs(8, ring=6, chunk_blocks=16, sets=4, dependent_launch=True),
+        TensorCoreKnobs(16, 8, ring=5, row_blocks=2, sets=1, chunk_blocks=8, dependent_launch=True),
     ),
     "blackwell": (
         TensorCoreKnobs(1, ring=6, chunk_blocks=40, block_rows=40, dependent_launch=True),
@@ -146,29 +139,18 @@ TENSOR_CORE_KNOBS: dict[str, tuple[TensorCoreKnobs, ...]] = {
         TensorCoreKnobs(16, warps=8, ring=4, chunk_blocks=3, block_rows=24, sets=4, dependent_launch=True),
     ),
 }
-"""Choices per family, fewest tokens first."""
+"""Choices per family, fewest tokens first: hopper measured on an H100, the others chosen to fit."""
 
-_WIDE_LIFT = LiftKnobs(
-    rows=8,
-    x_bytes=57344,
-    slice_values=18816,
-    results=672,
-    most_left=256,
-    most_right=256,
-    dependent_launch=True,
-)
 LIFT_KNOBS: dict[str, tuple[LiftKnobs, ...]] = {
-    "ampere": (LiftKnobs(1), LiftKnobs(16)),
-    "ada": (LiftKnobs(1), LiftKnobs(16)),
-    "hopper": (
-        LiftKnobs(1, dependent_launch=True),
-        LiftKnobs(16, dependent_launch=True),
-        _WIDE_LIFT,
-        replace(_WIDE_LIFT, tokens=16),
-    ),
-    "blackwell": (LiftKnobs(1, dependent_launch=True), LiftKnobs(16, dependent_launch=True)),
+    family: tuple(
+        LiftKnobs(
+            tokens, threads=512, blocks_per_processor=2, dependent_launch=family in ("hopper", "blackwell")
+        )
+        for tokens in (1, 16)
+    )
+    for family in TENSOR_CORE_KNOBS
 }
-"""Choices of the lift per family: those for small layers before those for wide ones, fewest tokens first."""
+"""Choices of the lift per family, fewest tokens first."""
 
 
 def chip_family(arch: str) -> str:

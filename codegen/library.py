@@ -111,7 +111,7 @@ def tensor_core_templates(
         symbol = f"sign_matmul_tiled_{name}_{knobs.tokens}"
         function = KernelFunction(
             symbol, "sign_matmul_tiled", "", max_tokens=knobs.tokens, shared_bytes=knobs.shared_bytes(),
-            archs=",".join(archs), block_rows=knobs.block_rows, warps=knobs.warps,
+            archs=",".join(archs), block_rows=knobs.block_rows,
         )  # fmt: skip
         yield KernelTemplate(function, partial(tensorcore_sign.sign_matmul_tiled, symbol, knobs))
 
@@ -120,8 +120,13 @@ def operand_templates(
     name: str, archs: tuple[str, ...], choices: tuple[LiftKnobs, ...]
 ) -> Iterator[KernelTemplate]:
     """The kernels that make the operands of the tensor-core sign_matmul, for one family of chips; imports TVM."""
-    from liftc.codegen import tensorcore_lift
+    from liftc.codegen import tensorcore_lift, tir_measure
 
+    symbol = f"read_ceiling_{name}"
+    yield KernelTemplate(
+        KernelFunction(symbol, "read_ceiling", "i32", archs=",".join(archs)),
+        partial(tir_measure.read_ceiling, symbol),
+    )
     members = ",".join(archs)
     symbol = f"split_z_{name}"
     yield KernelTemplate(
@@ -129,12 +134,11 @@ def operand_templates(
     )
     for knobs in choices:
         for short, dtype in TIR_DTYPES.items():
-            symbol = f"lift_planes_{name}_{short}_{knobs.x_bytes}_{knobs.tokens}"
+            symbol = f"lift_planes_{name}_{short}_{knobs.tokens}"
             function = KernelFunction(
                 symbol, "lift_planes", short, max_tokens=knobs.tokens, shared_bytes=knobs.shared_bytes(),
-                archs=members, block_rows=knobs.rows, warps=knobs.threads // 32, block_results=knobs.results,
-                block_slice=knobs.slice_values, most_left=knobs.most_left, most_right=knobs.most_right,
-                most_bytes=knobs.x_bytes,
+                archs=members, block_rows=knobs.rows, block_results=knobs.results, most_left=knobs.most_left,
+                most_right=knobs.most_right,
             )  # fmt: skip
             yield KernelTemplate(function, partial(tensorcore_lift.lift_planes, symbol, dtype, knobs))
 

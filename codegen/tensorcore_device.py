@@ -1,23 +1,14 @@
 """Small device functions of the tensor-core kernels, for what TIRx cannot say: preprocessor guards, packed bytes,
 loads that bypass the non-coherent cache, and stores whose type is chosen at run time."""
 
-DEPENDENT_WAIT = r"""
-__device__ __forceinline__ void liftc_dependent_wait() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-"""
-"""Waits until everything the kernels before wrote is visible."""
-
 DEPENDENT_LAUNCH = r"""
 __device__ __forceinline__ void liftc_dependent_launch() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;\n\tgriddepcontrol.wait;" ::: "memory");
 #endif
 }
 """
-"""Lets the blocks of the next kernel start as soon as there is room for them."""
+"""Lets the next kernel start, then waits until everything the kernels before wrote is visible."""
 
 PREFETCH = r"""
 __device__ __forceinline__ void liftc_prefetch(const void* from, int bytes, int lane) {
@@ -33,36 +24,19 @@ __device__ __forceinline__ void liftc_prefetch(const void* from, int bytes, int 
 """A warp asks for `bytes` (a multiple of 16) to be brought into L2."""
 
 BARRIER_INIT = r"""
-__device__ __forceinline__ void liftc_barrier_init(void* barrier, int threads) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  threads = 1;
-#endif
+__device__ __forceinline__ void liftc_barrier_init(void* barrier, int arrivals) {
   asm volatile("mbarrier.init.shared.b64 [%0], %1;"
-               :: "r"(static_cast<unsigned>(__cvta_generic_to_shared(barrier))), "r"(threads) : "memory");
+               :: "r"(static_cast<unsigned>(__cvta_generic_to_shared(barrier))), "r"(arrivals) : "memory");
 }
 """
 
-FETCH = r"""
-__device__ __forceinline__ void liftc_fetch(void* to, const void* from, int bytes, void* barrier, int thread,
-                                            int threads) {
-  const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(to));
-  const unsigned gate = static_cast<unsigned>(__cvta_generic_to_shared(barrier));
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  if (thread == 0) {
-    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" :: "r"(gate), "r"(bytes) : "memory");
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-                 :: "r"(at), "l"(from), "r"(bytes), "r"(gate) : "memory");
-  }
-#else
-  for (int i = thread * 16; i < bytes; i += threads * 16)
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
-                 :: "r"(at + i), "l"(static_cast<const char*>(from) + i) : "memory");
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" :: "r"(gate) : "memory");
-#endif
+BARRIER_ARRIVE = r"""
+__device__ __forceinline__ void liftc_barrier_arrive(void* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];"
+               :: "r"(static_cast<unsigned>(__cvta_generic_to_shared(barrier))) : "memory");
 }
 """
-"""All threads bring `bytes` (a multiple of 16) to shared memory; the barrier opens when they are there. From sm_90
-on one bulk copy does it, which does not wait for the copies in flight before it."""
+"""A thread arrives when the asynchronous copies it has issued so far are complete."""
 
 BARRIER_WAIT = r"""
 __device__ __forceinline__ void liftc_barrier_wait(void* barrier, int parity) {
@@ -127,49 +101,52 @@ __device__ __forceinline__ void liftc_warp_max(void* highest, int value, int lan
 }
 """
 
-LOAD_WORD = r"""
-__device__ __forceinline__ int liftc_load_word(const void* at) {
+LOAD_X = r"""
+__device__ __forceinline__ float liftc_load_x(const void* from, int kind) {
+  float value;
+  unsigned short half;
+  if (kind == 0) {
+    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(value) : "l"(from));
+    return value;
+  }
+  asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(half) : "l"(from));
+  if (kind == 1) asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(half));
+  else value = __uint_as_float(static_cast<unsigned>(half) << 16);
+  return value;
+}
+"""
+
+PUBLISH = r"""
+__device__ __forceinline__ void liftc_publish(void* at, int value) {
+  asm volatile("st.relaxed.gpu.global.s32 [%0], %1;" :: "l"(at), "r"(value) : "memory");
+}
+"""
+
+PUBLISHED = r"""
+__device__ __forceinline__ int liftc_published(const void* at) {
   int value;
   asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");
   return value;
 }
 """
 
-PAIR = r"""
-__device__ __forceinline__ void liftc_pair(const void* row, int at, int kind, float* out) {
-  if (kind == 0) {
-    const float2 v = *reinterpret_cast<const float2*>(static_cast<const float*>(row) + at);
-    out[0] = v.x, out[1] = v.y;
+GRID_SYNC = r"""
+__device__ __forceinline__ void liftc_grid_sync(void* state, int blocks) {
+  unsigned* count = static_cast<unsigned*>(state);
+  unsigned before, now;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(before) : "l"(count + 1) : "memory");
+  __threadfence();
+  if (atomicInc(count, blocks - 1) == blocks - 1) {
+    __threadfence();
+    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" :: "l"(count + 1), "r"(before + 1) : "memory");
   } else {
-    const unsigned v = *reinterpret_cast<const unsigned*>(static_cast<const unsigned short*>(row) + at);
-    if (kind == 2) {
-      out[0] = __uint_as_float(v << 16), out[1] = __uint_as_float(v & 0xffff0000u);
-    } else {
-      asm("{ .reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h; }"
-          : "=f"(out[0]), "=f"(out[1]) : "r"(v));
-    }
+    do asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(count + 1) : "memory");
+    while (now == before);
   }
+  __threadfence();
 }
 """
-"""Elements `at` (even) and the next of a row in shared memory, of the type `kind`, as float32."""
-
-PUBLISH = r"""
-__device__ __forceinline__ void liftc_publish(void* slot, int peak, int epoch) {
-  const long long both = static_cast<long long>(epoch) << 32 | static_cast<unsigned>(peak);
-  asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" :: "l"(slot), "l"(both) : "memory");
-}
-"""
-
-AWAIT = r"""
-__device__ __forceinline__ int liftc_await(const void* slot, int epoch) {
-  long long both;
-  do asm volatile("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(both) : "l"(slot) : "memory");
-  while (static_cast<int>(both >> 32) != epoch);
-  return static_cast<int>(both);
-}
-"""
-"""A barrier of all blocks that carries their peaks: every block writes its peak with the number of this launch in
-one 8-byte store, and reads those of all others until they bear that number."""
+"""A barrier of all blocks: the counter goes back to zero by itself, the generation changes when the last arrives."""
 
 ROUND = r"""
 __device__ __forceinline__ int liftc_round(float value, int peak, void* out) {
@@ -192,10 +169,12 @@ __device__ __forceinline__ float liftc_scale(int peak) {
 STORE_Y = r"""
 #include <cuda_fp16.h>
 #include <cuda_bf16.h>
-__device__ __forceinline__ void liftc_store_y(void* y, long long at, int kind, int set, int all,
-                                              const void* z_scale, float scale) {
+__device__ __forceinline__ void liftc_store_y(void* y, long long at, int kind, int set,
+                                              const void* total, const void* z_scale, float scale) {
   float token_scale;
+  int all;
   asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(token_scale) : "l"(z_scale));
+  asm volatile("ld.global.cg.s32 %0, [%1];" : "=r"(all) : "l"(total));
   const int sum = static_cast<int>(2u * static_cast<unsigned>(set) - static_cast<unsigned>(all));
   const float value = __fmul_rn(__fmul_rn(__int2float_rn(sum), token_scale), scale);
   if (kind == 0) static_cast<float*>(y)[at] = value;

@@ -21,172 +21,134 @@ KINDS = {"float32": 0, "float16": 1, "bfloat16": 2}
 def lift_planes(symbol: str, dtype: str, knobs: LiftKnobs) -> Any:
     """PrimFunc x -> planes, totals, z_scale; z as in liftc/reference.py up to the order of float32 sums.
 
-    x `dtype` (m, IC), left f32 (t1, t1), right f32 (t2, C) -> planes int8 (KB, 4, COLS, 64), totals int32 (m, grid)
-    parts of the sums of z, z_scale f32 (m, 1). state int32 (words,), at least 2 + 2 m grid, zero before the
-    first launch and used by one launch at a time. tiles int32 (NB, KB, 32, 4) are those of a product that will
-    read the planes with `readers` warps in each of `blocks` blocks: the first `ahead` tiles of each go to L2.
-    grid: ceil(t1 / knobs.rows) x col_blocks blocks of knobs.rows rows and ceil(C / col_blocks) columns of T* x, all
-    resident at once. Limits: those of LiftKnobs, t2 even, x 16-byte aligned with rows of whole 16 bytes.
+    x `dtype` (m, IC), in_scale f32 (IC,) or (1,) for none, left f32 (t1, t1), right f32 (t2, C) -> planes int8
+    (KB, 4, COLS, 64), totals int32 (m,) the sums of z, z_scale f32 (m, 1). state int32 (16,): a counter and a
+    generation, zero before the first launch and used by one launch at a time. found int32 (at least grid m,):
+    scratch. grid: ceil(t1 / knobs.rows) x col_blocks blocks of knobs.rows rows and ceil(C / col_blocks) columns of
+    T* x, all resident at once. Limits: t1 <= most_left, t2 <= most_right, m <= tokens, columns of a block <=
+    threads and times rows <= results.
 
-    A block brings its slice of the factors to shared memory before it waits for x, mixes its rows with all of
-    x, projects them on its columns, waits until every block has published its peak, and rounds.
+    A block mixes its rows with all of x, projects them on its columns, keeps the results in shared memory, waits
+    until every block has published its peak, and rounds.
     """
     R, THREADS = knobs.rows, knobs.threads
     KIND = KINDS[dtype]
-    SIZE = 4 if dtype == "float32" else 2
 
     @T.prim_func
     def function(
-        x_arg: T.handle, left_arg: T.handle, right_arg: T.handle, planes_arg: T.handle, totals_arg: T.handle,
-        z_scale_arg: T.handle, state_arg: T.handle, tiles_arg: T.handle, grid: T.int32, col_blocks: T.int32,
-        blocks: T.int32, readers: T.int32, ahead: T.int32,
+        x_arg: T.handle, in_scale_arg: T.handle, left_arg: T.handle, right_arg: T.handle, planes_arg: T.handle,
+        totals_arg: T.handle, z_scale_arg: T.handle, state_arg: T.handle, found_arg: T.handle, grid: T.int32,
+        col_blocks: T.int32,
     ) -> None:  # fmt: skip
         T.func_attr({"tirx.noalias": True, "global_symbol": symbol})
         m = T.int32()
         IC = T.int32()
+        SC = T.int32()
         t1 = T.int32()
         t2 = T.int32()
         C = T.int32()
         KB = T.int32()
-        NB = T.int32()
         COLS = T.int32()
-        words = T.int32()
-        x = T.match_buffer(x_arg, (m, IC), dtype, align=16)
+        room = T.int32()
+        x = T.match_buffer(x_arg, (m, IC), dtype, align=2)
+        in_scale = T.match_buffer(in_scale_arg, (SC,), "float32", align=4)
         left = T.match_buffer(left_arg, (t1, t1), "float32", align=4)
         right = T.match_buffer(right_arg, (t2, C), "float32", align=4)
         planes = T.match_buffer(planes_arg, (KB, 4, COLS, 64), "int8", align=16)
-        totals = T.match_buffer(totals_arg, (m, grid), "int32", align=4)
+        totals = T.match_buffer(totals_arg, (m,), "int32", align=4)
         z_scale = T.match_buffer(z_scale_arg, (m, 1), "float32", align=4)
-        state = T.match_buffer(state_arg, (words,), "int32", align=8)
-        tiles = T.match_buffer(tiles_arg, (NB, KB, 32, 4), "int32", align=16)
+        state = T.match_buffer(state_arg, (16,), "int32", align=4)
+        found = T.match_buffer(found_arg, (room,), "int32", align=4)
         T.device_entry()
         bx = T.cta_id([grid])
         tx = T.thread_id([THREADS])
+        T.attr(0, "tirx.launch_bounds_min_blocks_per_sm", knobs.blocks_per_processor)
         pool = T.SMEMPool()
-        x_s = pool.alloc((knobs.x_buffers * knobs.x_bytes // SIZE,), dtype, align=16)
-        slice_s = pool.alloc((knobs.slice_values,), "float32", align=16)  # right, columns of the block
-        left_s = pool.alloc(
-            (knobs.most_left * R,), "float32", align=16
-        )  # left, rows of the block, transposed
+        rows_s = pool.alloc((knobs.most_left * R,), "float32", align=16)  # left, transposed
         mixed = pool.alloc((knobs.most_right * R,), "float32", align=16)
-        parts = pool.alloc((2 * THREADS * R,), "float32", align=16)
+        parts = pool.alloc((THREADS * R,), "float32", align=16)
         real = pool.alloc((knobs.tokens * knobs.results,), "float32", align=16)
         peaks = pool.alloc((knobs.tokens,), "int32", align=16)
-        sums = pool.alloc((knobs.tokens,), "int32", align=16)
-        now = pool.alloc((1,), "int32", align=16)
         pool.commit(knobs.shared_bytes())
-        acc = T.alloc_local((2 * R,), "float32")
-        pair = T.alloc_local((2,), "float32")
+        acc = T.alloc_local((R,), "float32")
+        xs = T.alloc_local((8,), "float32")
 
         i0: T.int32 = T.truncdiv(bx, col_blocks) * R
         rows: T.int32 = T.min(t1 - i0, R)
-        col_block: T.int32 = bx - T.truncdiv(bx, col_blocks) * col_blocks
-        c0: T.int32 = T.truncdiv(col_block * C, col_blocks)
-        width: T.int32 = T.truncdiv((col_block + 1) * C, col_blocks) - c0
-        if knobs.dependent_launch:
-            T.cuda.func_call("liftc_dependent_launch", source_code=device.DEPENDENT_LAUNCH)
-        for i in T.serial((t2 * width - tx + THREADS - 1) // THREADS):
+        c0: T.int32 = T.truncdiv(T.truncmod(bx, col_blocks) * C, col_blocks)
+        width: T.int32 = T.truncdiv((T.truncmod(bx, col_blocks) + 1) * C, col_blocks) - c0
+        for i in T.serial((t1 * R + THREADS - 1) // THREADS):
             at: T.int32 = i * THREADS + tx
-            j0: T.int32 = T.truncdiv(at, width)
-            T.ptx["cp.async.ca.shared.global"](
-                slice_s.ptr_to([at]), right.ptr_to([j0, c0 + at - j0 * width]), 4
-            )
-        T.ptx["cp.async.commit_group"]()
-        if ahead > 0:
-            for i in T.serial(
-                (blocks * readers - bx * THREADS - tx + grid * THREADS - 1) // (grid * THREADS)
-            ):
-                reader: T.int32 = i * (grid * THREADS) + bx * THREADS + tx
-                block: T.int32 = T.truncdiv(reader, readers)
-                row: T.int32 = T.truncdiv(block * NB, blocks)
-                tile_count: T.int32 = (T.truncdiv((block + 1) * NB, blocks) - row) * KB
-                begin_tile: T.int32 = T.truncdiv((reader - block * readers) * tile_count, readers)
-                end_tile: T.int32 = T.truncdiv((reader - block * readers + 1) * tile_count, readers)
-                T.cuda.func_call(
-                    "liftc_prefetch", tiles.ptr_to([row, begin_tile, 0, 0]),
-                    T.min(end_tile - begin_tile, ahead) * 512, 0, source_code=device.PREFETCH,
-                )  # fmt: skip
-        for i in T.serial((t1 * R - tx + THREADS - 1) // THREADS):
-            at1: T.int32 = i * THREADS + tx
-            left_s[at1] = T.float32(0)
-            if at1 % R < rows:
-                left_s[at1] = left[i0 + at1 % R, at1 // R]
-        for b in T.serial(knobs.x_buffers):  # what the padding of the features reads
-            for i in T.serial((t1 * t2 - IC - tx + THREADS - 1) // THREADS):
-                x_s[b * (knobs.x_bytes // SIZE) + IC + i * THREADS + tx] = T.Cast(dtype, T.float32(0))
+            if at < t1 * R:
+                rows_s[at] = T.float32(0)
+                if at % R < rows:
+                    rows_s[at] = left[i0 + at % R, at // R]
         if tx < knobs.tokens:
             peaks[tx] = 0
-            sums[tx] = 0
         if knobs.dependent_launch:
-            T.cuda.func_call("liftc_dependent_wait", source_code=device.DEPENDENT_WAIT)
-        if tx == 0:
-            now[0] = 1 + T.cuda.func_call(
-                "liftc_load_word", state.ptr_to([0]), source_code=device.LOAD_WORD, return_type="int32"
-            )
-
-        @T.inline
-        def bring(token):
-            if token < m:
-                for i in T.serial((IC * SIZE // 16 - tx + THREADS - 1) // THREADS):
-                    T.ptx["cp.async.cg.shared.global"](
-                        x_s.ptr_to(
-                            [
-                                token % knobs.x_buffers * (knobs.x_bytes // SIZE)
-                                + (i * THREADS + tx) * (16 // SIZE)
-                            ]
-                        ),
-                        x.ptr_to([token, (i * THREADS + tx) * (16 // SIZE)]),
-                        16,
-                    )
-            T.ptx["cp.async.commit_group"]()
-
-        for token in T.serial(knobs.x_buffers):
-            bring(token)
-        pairs: T.int32 = t2 // 2
-        slices: T.int32 = T.truncdiv(THREADS, pairs)
+            T.cuda.func_call("liftc_dependent_launch", source_code=device.DEPENDENT_LAUNCH)
+        T.cuda.cta_sync()
+        if bx == 0 and tx < m:
+            totals[tx] = 0
+        slices: T.int32 = T.max(T.truncdiv(THREADS, t2), 1)
         depth: T.int32 = T.truncdiv(t1 + slices - 1, slices)
         cuts: T.int32 = T.truncdiv(THREADS, width)
         reach: T.int32 = T.truncdiv(t2 + cuts - 1, cuts)
-        s: T.int32 = T.truncdiv(tx, pairs)
-        j: T.int32 = (tx - s * pairs) * 2
-        cut: T.int32 = T.truncdiv(tx, width)
-        col: T.int32 = tx - cut * width
         for token in T.serial(m):
-            T.ptx["cp.async.wait_group"](knobs.x_buffers - 1)
-            T.cuda.cta_sync()
             # mixed[j, r] = sum over a of left[i0 + r, a] x[a t2 + j]; slices of the threads share the sum.
-            for r in T.unroll(2 * R):
-                acc[r] = T.float32(0)
-            if s < slices:
-                for a in T.serial(T.min(depth, t1 - s * depth)):
-                    T.cuda.func_call(
-                        "liftc_pair", x_s.ptr_to([token % knobs.x_buffers * (knobs.x_bytes // SIZE)]),
-                        (s * depth + a) * t2 + j, KIND, pair.ptr_to([0]), source_code=device.PAIR,
-                    )  # fmt: skip
+            for tile in T.serial((t2 + THREADS - 1) // THREADS):
+                s: T.int32 = T.truncdiv(tx, T.min(t2, THREADS))
+                j: T.int32 = tile * THREADS + tx - s * T.min(t2, THREADS)
+                for r in T.unroll(R):
+                    acc[r] = T.float32(0)
+                if s < slices and j < t2:
+                    first: T.int32 = s * depth
+                    stop: T.int32 = T.min(t1, first + depth)
+                    for a8 in T.serial((stop - first + 7) // 8):
+                        for u in T.unroll(8):
+                            xs[u] = T.float32(0)
+                            k: T.int32 = (first + a8 * 8 + u) * t2 + j
+                            if first + a8 * 8 + u < stop and k < IC:
+                                xs[u] = T.cuda.func_call(
+                                    "liftc_load_x", x.ptr_to([token, k]), KIND,
+                                    source_code=device.LOAD_X, return_type="float32",
+                                )  # fmt: skip
+                                if SC > 1:
+                                    xs[u] = xs[u] * in_scale[k]
+                        for u in T.unroll(8):
+                            for r in T.unroll(R):
+                                acc[r] = acc[r] + xs[u] * rows_s[T.min(first + a8 * 8 + u, t1 - 1) * R + r]
+                for r in T.unroll(R):
+                    parts[tx * R + r] = acc[r]
+                T.cuda.cta_sync()
+                j2: T.int32 = tile * THREADS + tx
+                if tx < T.min(t2, THREADS) and j2 < t2:
                     for r in T.unroll(R):
-                        acc[r] = acc[r] + pair[0] * left_s[(s * depth + a) * R + r]
-                        acc[R + r] = acc[R + r] + pair[1] * left_s[(s * depth + a) * R + r]
-                for r in T.unroll(2 * R):
-                    parts[(s * t2 + j) * R + r] = acc[r]
-            T.cuda.cta_sync()
-            bring(token + knobs.x_buffers)
-            for i in T.serial((t2 * R - tx + THREADS - 1) // THREADS):
-                at4: T.int32 = i * THREADS + tx
-                value4: T.float32 = T.float32(0)
-                for q in T.serial(slices):
-                    value4 = value4 + parts[q * t2 * R + at4]
-                mixed[at4] = value4
-            T.cuda.cta_sync()
+                        acc[r] = T.float32(0)
+                    for q in T.serial(slices):
+                        for r in T.unroll(R):
+                            acc[r] = acc[r] + parts[(q * T.min(t2, THREADS) + tx) * R + r]
+                    for r in T.unroll(R):
+                        mixed[j2 * R + r] = acc[r]
+                T.cuda.cta_sync()
             # real[r, c] = sum over j of mixed[j, r] right[j, c0 + c]; cuts of the threads share the sum.
+            cut: T.int32 = T.truncdiv(tx, width)
+            col: T.int32 = tx - cut * width
             for r in T.unroll(R):
                 acc[r] = T.float32(0)
             if cut < cuts:
-                for k in T.serial(T.min(reach, t2 - cut * reach)):
-                    pair[0] = slice_s[(cut * reach + k) * width + col]
-                    for r in T.unroll(R):
-                        acc[r] = acc[r] + pair[0] * mixed[(cut * reach + k) * R + r]
-                for r in T.unroll(R):
-                    parts[tx * R + r] = acc[r]
+                begin: T.int32 = cut * reach
+                end: T.int32 = T.min(t2, begin + reach)
+                for j8 in T.serial((end - begin + 7) // 8):
+                    for u in T.unroll(8):
+                        xs[u] = T.float32(0)
+                        if begin + j8 * 8 + u < end:
+                            xs[u] = right[begin + j8 * 8 + u, c0 + col]
+                    for u in T.unroll(8):
+                        for r in T.unroll(R):
+                            acc[r] = acc[r] + xs[u] * mixed[T.min(begin + j8 * 8 + u, t2 - 1) * R + r]
+            for r in T.unroll(R):
+                parts[tx * R + r] = acc[r]
             T.cuda.cta_sync()
             peak: T.int32 = 0
             for i in T.serial((rows * width - tx + THREADS - 1) // THREADS):
@@ -200,20 +162,23 @@ def lift_planes(symbol: str, dtype: str, knobs: LiftKnobs) -> Any:
             T.cuda.func_call(
                 "liftc_warp_max", peaks.ptr_to([token]), peak, tx % 32, source_code=device.WARP_MAX
             )
-        T.cuda.cta_sync()
+            T.cuda.cta_sync()
         if tx < m:
             T.cuda.func_call(
-                "liftc_publish", state.ptr_to([2 + (tx * grid + bx) * 2]), peaks[tx], now[0],
-                source_code=device.PUBLISH,
-            )  # fmt: skip
+                "liftc_publish", found.ptr_to([bx * m + tx]), peaks[tx], source_code=device.PUBLISH
+            )
+        T.cuda.cta_sync()
+        if tx == 0:
+            T.cuda.func_call("liftc_grid_sync", state.ptr_to([0]), grid, source_code=device.GRID_SYNC)
+        T.cuda.cta_sync()
         for token in T.serial(m):
             highest: T.int32 = 0
             for i in T.serial((grid - tx + THREADS - 1) // THREADS):
                 highest = T.max(
                     highest,
                     T.cuda.func_call(
-                        "liftc_await", state.ptr_to([2 + (token * grid + i * THREADS + tx) * 2]), now[0],
-                        source_code=device.AWAIT, return_type="int32",
+                        "liftc_published", found.ptr_to([(i * THREADS + tx) * m + token]),
+                        source_code=device.PUBLISHED, return_type="int32",
                     ),
                 )  # fmt: skip
             T.cuda.func_call(
@@ -232,17 +197,12 @@ def lift_planes(symbol: str, dtype: str, knobs: LiftKnobs) -> Any:
                     source_code=device.ROUND, return_type="int32",
                 )  # fmt: skip
             T.cuda.func_call(
-                "liftc_warp_add", sums.ptr_to([token]), total, tx % 32, source_code=device.WARP_ADD
+                "liftc_warp_add", totals.ptr_to([token]), total, tx % 32, source_code=device.WARP_ADD
             )
-        T.cuda.cta_sync()
-        if tx < m:
-            totals[tx, bx] = sums[tx]
-            if bx == 0:
-                z_scale[tx, 0] = T.cuda.func_call(
-                    "liftc_scale", peaks[tx], source_code=device.SCALE, return_type="float32"
+            if bx == 0 and tx == 0:
+                z_scale[token, 0] = T.cuda.func_call(
+                    "liftc_scale", peaks[token], source_code=device.SCALE, return_type="float32"
                 )
-        if bx == 0 and tx == 0:
-            state[0] = now[0]
 
     if knobs.dependent_launch:
         function = function.with_attr("tirx.kernel_launch_params", ["tirx.use_programtic_dependent_launch"])
@@ -250,7 +210,7 @@ def lift_planes(symbol: str, dtype: str, knobs: LiftKnobs) -> Any:
 
 
 def split_z(symbol: str) -> Any:
-    """PrimFunc z int16 (m, K) -> planes int8 (KB, 4, COLS, 64), totals int32 (m, 1). One block per token.
+    """PrimFunc z int16 (m, K) -> planes int8 (KB, 4, COLS, 64), totals int32 (m,). One block per token.
 
     z needs 16-byte alignment where K % 8 == 0. |z| <= 16383.
     """
@@ -264,7 +224,7 @@ def split_z(symbol: str) -> Any:
         COLS = T.int32()
         z = T.match_buffer(z_arg, (m, K), "int16", align=2)
         planes = T.match_buffer(planes_arg, (KB, 4, COLS, 64), "int8", align=16)
-        totals = T.match_buffer(totals_arg, (m, 1), "int32", align=4)
+        totals = T.match_buffer(totals_arg, (m,), "int32", align=4)
         T.device_entry()
         token = T.cta_id([m])
         tx = T.thread_id([1024])
@@ -291,6 +251,6 @@ def split_z(symbol: str) -> Any:
         T.cuda.func_call("liftc_warp_add", total.ptr_to([0]), part, tx % 32, source_code=device.WARP_ADD)
         T.cuda.cta_sync()
         if tx == 0:
-            totals[token, 0] = total[0]
+            totals[token] = total[0]
 
     return function

@@ -34,9 +34,9 @@ def sign_matmul_tiled(symbol: str, knobs: TensorCoreKnobs) -> Any:
     """PrimFunc y = cast((float32(B z) * z_scale) * output_scale), bit-identical to liftc/reference.py.
 
     tiles int32 (NB, KB, 32, 4) in the layout of codegen/tir_tiles.py, planes int8 (KB, 4, 2 knobs.tokens, 64) of
-    codegen/tensorcore_lift.py for at least m tokens, totals int32 (m, parts), parts of the sums of z, z_scale
-    f32 (m, 1), output_scale f32 (OC,), y uint8 (bytes of m OC results,), then two integers: grid, the number of
-    blocks, at least ceil(NB / knobs.block_rows), and kind, 0 for float32, 1 for float16, 2 for bfloat16. 16 NB >= OC.
+    codegen/tensorcore_lift.py for at least m tokens, totals int32 (m,) the sums of z, z_scale f32 (m, 1),
+    output_scale f32 (OC,), y uint8 (bytes of m OC results,), then two integers: grid, the number of blocks, at
+    least ceil(NB / knobs.block_rows), and kind, 0 for float32, 1 for float16, 2 for bfloat16. 16 NB >= OC.
     """
     WARPS, RING, PAIR, SETS = knobs.warps, knobs.ring, knobs.row_blocks, knobs.sets
     COLS = 2 * knobs.tokens
@@ -60,11 +60,10 @@ def sign_matmul_tiled(symbol: str, knobs: TensorCoreKnobs) -> Any:
         KB = T.int32()
         OC = T.int32()
         m = T.int32()
-        parts = T.int32()
         size = T.int32()
         tiles = T.match_buffer(tiles_arg, (NB, KB, 32, 4), "int32", align=16)
         planes = T.match_buffer(planes_arg, (KB, 4, COLS, 64), "int8", align=16)
-        totals = T.match_buffer(totals_arg, (m, parts), "int32", align=4)
+        totals = T.match_buffer(totals_arg, (m,), "int32", align=4)
         z_scale = T.match_buffer(z_scale_arg, (m, 1), "float32", align=4)
         scale = T.match_buffer(scale_arg, (OC,), "float32", align=4)
         y = T.match_buffer(y_arg, (size,), "uint8", align=4)
@@ -75,7 +74,6 @@ def sign_matmul_tiled(symbol: str, knobs: TensorCoreKnobs) -> Any:
         chunks = pool.alloc((BUFFERS * CHUNK * COLS * 64,), "uint32", align=16)
         ring = pool.alloc((WARPS * RING * SLOT // 4,), "uint32", align=16)
         sums = pool.alloc((knobs.tokens * SUMS,), "int32", align=16)
-        all_z = pool.alloc((knobs.tokens,), "int32", align=16)
         ready = pool.alloc((BUFFERS,), "uint64", align=16)
         pool.commit(SMEM)
         acc = T.alloc_local((PAIR * NT * SETS * 4,), "uint32")
@@ -158,39 +156,29 @@ def sign_matmul_tiled(symbol: str, knobs: TensorCoreKnobs) -> Any:
         for i in T.serial((knobs.tokens * SUMS + THREADS - 1) // THREADS):
             if i * THREADS + tx < knobs.tokens * SUMS:
                 sums[i * THREADS + tx] = 0
-        if tx < knobs.tokens:
-            all_z[tx] = 0
         if tx < BUFFERS:
             T.cuda.func_call(
                 "liftc_barrier_init", ready.ptr_to([tx]), THREADS, source_code=device.BARRIER_INIT
             )
         T.cuda.cta_sync()
         if knobs.dependent_launch:
-            if not knobs.late_launch:
-                T.cuda.func_call("liftc_dependent_launch", source_code=device.DEPENDENT_LAUNCH)
-            T.cuda.func_call("liftc_dependent_wait", source_code=device.DEPENDENT_WAIT)
+            T.cuda.func_call("liftc_dependent_launch", source_code=device.DEPENDENT_LAUNCH)
 
         @T.inline
         def fetch(which, buffer):
+            vectors: T.int32 = T.min(chunk, KB - which * chunk) * (COLS * 16)
+            for i in T.serial((vectors - tx + THREADS - 1) // THREADS):
+                T.ptx["cp.async.cg.shared.global"](
+                    chunks.ptr_to([buffer * (CHUNK * COLS * 64) + (i * THREADS + tx) * 4]),
+                    planes.ptr_to([0, 0, 0, which * chunk * BLOCK_BYTES + (i * THREADS + tx) * 16]),
+                    16,
+                )
             T.cuda.func_call(
-                "liftc_fetch", chunks.ptr_to([buffer * (CHUNK * COLS * 64)]),
-                planes.ptr_to([0, 0, 0, which * chunk * BLOCK_BYTES]),
-                T.min(chunk, KB - which * chunk) * BLOCK_BYTES, ready.ptr_to([buffer]), tx, THREADS,
-                source_code=device.FETCH,
-            )  # fmt: skip
+                "liftc_barrier_arrive", ready.ptr_to([buffer]), source_code=device.BARRIER_ARRIVE
+            )
 
         for c in T.serial(T.min(count, BUFFERS)):
             fetch(c, c)
-        for i in T.serial((m - warp + WARPS - 1) // WARPS):
-            part: T.int32 = 0
-            for k in T.serial((parts - lane + 31) // 32):
-                part = part + T.cuda.func_call(
-                    "liftc_load_word", totals.ptr_to([i * WARPS + warp, k * 32 + lane]),
-                    source_code=device.LOAD_WORD, return_type="int32",
-                )  # fmt: skip
-            T.cuda.func_call(
-                "liftc_warp_add", all_z.ptr_to([i * WARPS + warp]), part, lane, source_code=device.WARP_ADD
-            )
         for q in T.unroll(PAIR * NT * SETS * 4):
             acc[q] = T.uint32(0)
         for c in T.serial(count):
@@ -271,8 +259,6 @@ def sign_matmul_tiled(symbol: str, knobs: TensorCoreKnobs) -> Any:
             if c + BUFFERS < count:
                 T.cuda.cta_sync()
                 fetch(c + BUFFERS, c % BUFFERS)
-        if knobs.dependent_launch and knobs.late_launch:
-            T.cuda.func_call("liftc_dependent_launch", source_code=device.DEPENDENT_LAUNCH)
         T.cuda.cta_sync()
         for token in T.serial(m):
             for i in T.serial((blocks * 16 - tx + THREADS - 1) // THREADS):
@@ -281,7 +267,7 @@ def sign_matmul_tiled(symbol: str, knobs: TensorCoreKnobs) -> Any:
                     T.cuda.func_call(
                         "liftc_store_y",
                         y.ptr_to([0]), T.Cast("int64", token) * OC + (row0 * 16 + row), kind,
-                        sums[token * SUMS + row], all_z[token], z_scale.ptr_to([token, 0]),
+                        sums[token * SUMS + row], totals.ptr_to([token]), z_scale.ptr_to([token, 0]),
                         scale[row0 * 16 + row],
                         source_code=device.STORE_Y,
                     )  # fmt: skip

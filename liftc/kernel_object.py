@@ -25,8 +25,8 @@ CPU_FEATURES: dict[str, tuple[str, ...]] = {
 }
 """CPU flags (names of /proc/cpuinfo) that each psABI level adds to the one before it."""
 
-_FIRST_FIELDS = 8
-"""Fields of a function that descriptors of every build have; later ones may be absent."""
+_LATER_FIELDS = ("shared_bytes", "archs", "block_rows", "block_results", "most_left", "most_right")
+"""Fields that descriptors of older builds lack."""
 
 _ARCH = re.compile(r"sm_\d{2,3}a?")
 
@@ -41,8 +41,7 @@ class KernelFunction:
     out_features and lifted_features multiples of `token_multiple`, `row_multiple` and `column_multiple`.
     CUDA: `shared_bytes` is the shared memory its launch asks for, `archs` the architectures it is compiled for,
     separated by commas ("": all of the object), `block_rows` the row blocks (a lift: rows) one thread block takes at
-    most, `warps` its warps. A lift takes factors of at most `most_left` and `most_right`, `most_bytes` of one token's
-    x, and per block `block_slice` values of the right factor and `block_results` results.
+    most; a lift takes factors of at most `most_left` and `most_right` and `block_results` values per block and token.
     """
 
     symbol: str
@@ -56,12 +55,9 @@ class KernelFunction:
     shared_bytes: int = 0
     archs: str = ""
     block_rows: int = 0
-    warps: int = 0
     block_results: int = 0
-    block_slice: int = 0
     most_left: int = 0
     most_right: int = 0
-    most_bytes: int = 0
 
     def accepts(self, tokens: int, out_features: int, lifted_features: int) -> bool:
         """Whether this function computes a call of these sizes."""
@@ -180,7 +176,7 @@ def _from_record(record: Any, path: Path) -> KernelObject:
 
 def _function(record: Any) -> KernelFunction:
     if isinstance(record, dict):
-        record = {f.name: f.default for f in fields(KernelFunction)[_FIRST_FIELDS:]} | record
+        record = {f.name: f.default for f in fields(KernelFunction) if f.name in _LATER_FIELDS} | record
     values = _exactly(record, {f.name for f in fields(KernelFunction)})
     for name, value in values.items():
         if type(value) is not (str if name in ("symbol", "op", "dtype", "archs") else int):

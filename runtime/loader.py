@@ -121,18 +121,12 @@ def _pass_operands(graphs: dict[str, Graph], tensors: dict[str, torch.Tensor], o
     """Let every lift whose z goes to tiled products only hand it over as operand bytes, without int16."""
     for graph in graphs.values():
         for node in graph.nodes:
-            if (
-                node.target is not ir.lift
-                or node.kwargs
-                or not all(u.target is operator.getitem for u in node.users)
-            ):
+            if node.target is not ir.lift or not all(u.target is operator.getitem for u in node.users):
                 continue
             values = [user for user in node.users if user.args[1] == 0]
             products = [user for value in values for user in value.users]
             if products and all(_is_tiled_product(p, values, tensors) for p in products):
-                with graph.inserting_before(node):
-                    tiles = graph.get_attr(str(products[0].args[2].target))
-                node.target, node.args = ops.lift_operands, (*node.args, tiles)
+                node.target = ops.lift_operands
                 for product in products:
                     product.target = ops.tiles.sign_matmul
         graph.lint()

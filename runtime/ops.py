@@ -137,15 +137,12 @@ class Ops:
         return y
 
     def lift_operands(
-        self, x: Tensor, activation_scale: Tensor | None, left: Tensor, right: Tensor, tiles: Tensor
+        self, x: Tensor, activation_scale: Tensor | None, left: Tensor, right: Tensor
     ) -> tuple[Planes | Tensor, Tensor]:
-        """As lift, but z as Planes where the kernels have that form; `tiles` are those of a product to follow."""
-        if activation_scale is None:
-            reader = self.tiles.reader(tiles, x.numel() // max(x.shape[-1], 1))
-            made = self.tiles.planes.lift(x, left, right, reader) if reader else None
-            if made is not None:
-                return made
-        return self.lift(x, activation_scale, left, right)
+        """As lift, but z as Planes where the kernels have that form; for graphs whose products take both."""
+        return self.tiles.planes.lift(x, activation_scale, left, right) or self.lift(
+            x, activation_scale, left, right
+        )
 
     def lifted_linear(
         self,

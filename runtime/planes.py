@@ -18,10 +18,8 @@ from liftc.runtime.kernels import Kernels
 from liftc.spec import DTYPES
 
 GROUP_COLUMNS = 256
-_STATES = 256
-_MOST_PARTS = 2 * 16
-"""Blocks per processor times tokens: what one state has room for."""
-
+_SLOTS = 1 << 15
+_STATE_WORDS = 16
 _REFUSALS = (TypeError, ValueError, RuntimeError)
 
 Tensor = torch.Tensor
@@ -39,36 +37,39 @@ class Planes:
     @property
     def tokens(self) -> int:
         """Number of tokens."""
-        return self.totals.shape[0]
+        return self.totals.numel()
 
 
 class BarrierStates:
-    """Zeroed memory for kernels with a barrier of all blocks; a state serves one launch at a time.
+    """Zeroed counters for kernels with a barrier of all blocks; a counter serves one launch at a time.
 
-    Launches on one stream follow each other, so they share a state. Launches captured in CUDA graphs, which
-    may be replayed on any stream, take one of _STATES states each, in turn.
+    Launches on one stream follow each other, so they share a counter, and a stream waits for the one that used
+    lifts before it: two such kernels that each hold half of the GPU would wait for each other for ever. Launches
+    captured in CUDA graphs take a counter each, in turn; graphs of one GPU must not be replayed at the same time.
     """
 
     def __init__(self, device: torch.device) -> None:
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
-        words = 2 + 2 * _MOST_PARTS * processors
-        self._states = torch.zeros(_STATES, words, dtype=torch.int32, device=device)
+        self._slots = torch.zeros(_SLOTS, _STATE_WORDS, dtype=torch.int32, device=device)
         torch.cuda.synchronize(device)
         self._streams: dict[int, Tensor] = {}
+        self._last: torch.cuda.Stream | None = None
         self._next = 0
 
     def of_current_stream(self, device: torch.device) -> Tensor:
-        """int32 (words,) for a launch on the current stream of the device."""
+        """int32 (16,) for a launch on the current stream of the device."""
         if torch.cuda.is_current_stream_capturing():
             return self._take()
-        stream = torch.cuda.current_stream(device).cuda_stream
-        state = self._streams.get(stream)
+        stream = torch.cuda.current_stream(device)
+        if self._last is not None and self._last != stream:
+            stream.wait_stream(self._last)
+        self._last = stream
+        state = self._streams.get(stream.cuda_stream)
         if state is None:
-            state = self._streams[stream] = self._take()
+            state = self._streams[stream.cuda_stream] = self._take()
         return state
 
     def _take(self) -> Tensor:
-        state = self._states[self._next % _STATES]
+        state = self._slots[self._next % _SLOTS]
         self._next += 1
         return state
 
@@ -86,77 +87,74 @@ class PlaneKernels:
         self._sizes = most_tokens
         self.most_tokens = most_tokens[-1] if most_tokens and self._split else 0
         self._states: dict[torch.device, BarrierStates] = {}
+        self._ones: dict[torch.device, Tensor] = {}
         self._room: dict[torch.device, tuple[int, int]] = {}
 
-    def empty(self, lead: torch.Size, tokens: int, columns: int, parts: int, device: torch.device) -> Planes:
+    def empty(self, lead: torch.Size, tokens: int, columns: int, device: torch.device) -> Planes:
         """Planes to be filled, with room for the columns of the product kernel that will read them."""
         size = next(s for s in self._sizes if tokens <= s)
         shape = (-(-columns // GROUP_COLUMNS), 4, 2 * size, 64)
         data = torch.empty(shape, dtype=torch.int8, device=device)
-        totals = torch.empty(tokens, parts, dtype=torch.int32, device=device)
-        return Planes(data, totals, lead, columns)
+        return Planes(data, torch.empty(tokens, dtype=torch.int32, device=device), lead, columns)
 
     def split(self, z: Tensor) -> Planes:
         """Planes of z int16 (tokens, K), 1 to most_tokens tokens."""
         tokens, columns = z.shape
-        planes = self.empty(z.shape[:-1], tokens, columns, 1, z.device)
+        planes = self.empty(z.shape[:-1], tokens, columns, z.device)
         if z.data_ptr() % 16 or not z.is_contiguous():
             z = z.clone(memory_format=torch.contiguous_format)
         self._split[0](z, planes.data, planes.totals)
         return planes
 
     def lift(
-        self, x: Tensor, left: Tensor, right: Tensor, reader: tuple[Tensor, int, int, int]
+        self, x: Tensor, activation_scale: Tensor | None, left: Tensor, right: Tensor
     ) -> tuple[Planes, Tensor] | None:
-        """Planes and z_scale f32 (..., 1) of x (..., IC), or None where no kernel takes this call.
-
-        reader: tiles, blocks and warps of the product that follows, and how many tiles per warp to bring to L2.
-        """
+        """Planes and z_scale f32 (..., 1) of x (..., IC), or None where no kernel takes this call."""
         features = x.shape[-1] if x.dim() else 0
         tokens = x.numel() // features if features else 0
-        if not 0 < tokens <= self.most_tokens or left.dim() != 2 or right.dim() != 2 or right.shape[0] % 2:
+        if not 0 < tokens <= self.most_tokens or left.dim() != 2 or right.dim() != 2:
             return None
-        padded, row_bytes = left.shape[0] * right.shape[0], features * x.element_size()
-        if features > padded or row_bytes % 16:
+        t1, (t2, lifted) = left.shape[0], right.shape
+        if features > t1 * t2:
             return None
         for spec, function in self._lift.get(x.dtype, ()):
-            if (
-                spec.accepts(tokens, 0, 0)
-                and left.shape[0] <= spec.most_left
-                and right.shape[0] <= spec.most_right
-                and padded * x.element_size() <= spec.most_bytes
-            ):
-                grid = self._grid(spec, left.shape[0], right, tokens, x.device)
+            if spec.accepts(tokens, 0, 0) and t1 <= spec.most_left and t2 <= spec.most_right:
+                grid = self._grid(spec, t1, lifted, x.device)
                 if grid is not None:
-                    return self._lift_with(function, grid, tokens, x, left, right, reader)
+                    return self._lift_with(function, grid, tokens, x, activation_scale, left, right)
         return None
 
     def _lift_with(
-        self, function: Callable[..., None], grid: tuple[int, int], tokens: int, x: Tensor, left: Tensor,
-        right: Tensor, reader: tuple[Tensor, int, int, int],
+        self, function: Callable[..., None], grid: tuple[int, int], tokens: int, x: Tensor,
+        activation_scale: Tensor | None, left: Tensor, right: Tensor,
     ) -> tuple[Planes, Tensor]:  # fmt: skip
         device = x.device
         states = self._states.get(device)
         if states is None:
             states = self._states[device] = BarrierStates(device)
-        planes = self.empty(x.shape[:-1], tokens, left.shape[0] * right.shape[1], grid[0], device)
+            self._ones[device] = torch.ones(1, device=device)
+        planes = self.empty(x.shape[:-1], tokens, left.shape[0] * right.shape[1], device)
         z_scale = torch.empty(tokens, 1, dtype=torch.float32, device=device)
-        flat = x.reshape(tokens, -1)
-        if flat.data_ptr() % 16 or not flat.is_contiguous():
-            flat = flat.clone(memory_format=torch.contiguous_format)
-        state = states.of_current_stream(device)
+        found = torch.empty(grid[0] * tokens, dtype=torch.int32, device=device)
+        scale = self._ones[device] if activation_scale is None else activation_scale.contiguous()
+        arguments = (x.reshape(tokens, -1).contiguous(), scale, left.contiguous(), right.contiguous())
         try:
             function(
-                flat, left.contiguous(), right.contiguous(), planes.data, planes.totals, z_scale, state, reader[0],
-                *grid, *reader[1:],
-            )  # fmt: skip
+                *arguments,
+                planes.data,
+                planes.totals,
+                z_scale,
+                states.of_current_stream(device),
+                found,
+                *grid,
+            )
         except _REFUSALS as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no reason given"]
             raise LiftcError(f"liftc.lift: the kernels refuse this call ({lines[-1]})") from None
         return planes, z_scale.view(*x.shape[:-1], 1)
 
     def _grid(
-        self, spec: KernelFunction, left: int, right: Tensor, tokens: int, device: torch.device
+        self, spec: KernelFunction, left: int, lifted: int, device: torch.device
     ) -> tuple[int, int] | None:
         """(blocks, column blocks) of a lift, all resident at once, or None where they do not fit."""
         room = self._room.get(device)
@@ -164,12 +162,10 @@ class PlaneKernels:
             properties: Any = torch.cuda.get_device_properties(device)
             shared = properties.shared_memory_per_multiprocessor
             room = self._room[device] = (properties.multi_processor_count, shared)
-        (depth, lifted), rows = right.shape, -(-left // spec.block_rows)
-        widest = min(spec.block_results // spec.block_rows, spec.block_slice // depth, spec.warps * 32)
-        for blocks in range(
-            1, 1 + min(_MOST_PARTS // max(tokens, 16), room[1] // (spec.shared_bytes + 1024))
-        ):
+        rows = -(-left // spec.block_rows)
+        most_width = spec.block_results // spec.block_rows
+        for blocks in range(1, 1 + min(2, room[1] // (spec.shared_bytes + 1024))):
             columns = min(room[0] * blocks // rows, lifted)
-            if columns and -(-lifted // columns) <= widest:
+            if columns and -(-lifted // columns) <= most_width:
                 return rows * columns, columns
         return None

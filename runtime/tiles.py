@@ -6,12 +6,9 @@ Tiles are int32 (NB, KB, 32, 4), NB = ceil(OC / 16) and KB = ceil(K / 256); four
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from liftc.errors import LiftcError
-from liftc.kernel_object import KernelFunction
 from liftc.packing import packed_rows
 from liftc.runtime.kernels import Kernels
 from liftc.runtime.planes import PlaneKernels, Planes
@@ -20,9 +17,6 @@ from liftc.spec import DTYPE_NAMES
 TILE_ROWS, TILE_COLUMNS = 16, 256
 MOST_PADDING = 1.25
 """Tiles are made of a matrix only when they hold at most this many times its bits."""
-
-LIFT_PREFETCH_TILES = 0
-"""Tiles per warp of a product that the lift before it brings to L2."""
 
 _KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _MAX_ROW_BLOCKS = 65535  # CUDA limit of the grid axis that counts them
@@ -97,8 +91,11 @@ class TiledSigns:
             return self._in_groups(z, z_scale, tiles, output_scale, dtype)
         rows, tokens = output_scale.numel(), z.tokens
         self.check(tiles, rows, z.columns)
-        y = torch.empty(tokens * rows * dtype.itemsize, dtype=torch.uint8, device=tiles.device)
-        _, function, grid = self._for(tiles, tokens)
+        size = dtype.itemsize
+        y = torch.empty(tokens * rows * size, dtype=torch.uint8, device=tiles.device)
+        spec, function = next(entry for entry in self._multiply if entry[0].accepts(tokens, 0, 0))
+        blocks, processors = tiles.shape[0], self._processors_of(tiles.device)
+        grid = min(blocks, processors * -(-blocks // (processors * spec.block_rows)))
         operands = (tiles, z.data, z.totals, z_scale.reshape(tokens, 1), output_scale.contiguous(), y)
         try:
             function(*operands, grid, _KINDS[dtype])
@@ -131,19 +128,6 @@ class TiledSigns:
         if not parts:
             return torch.empty(*lead, output_scale.shape[0], dtype=dtype, device=z.device)
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(*lead, output_scale.shape[0])
-
-    def reader(self, tiles: Tensor, tokens: int) -> tuple[Tensor, int, int, int] | None:
-        """tiles, blocks, warps and tiles to bring to L2 ahead: what a lift is told of the product to follow."""
-        if not 0 < tokens <= self.planes.most_tokens:
-            return None
-        spec, _, grid = self._for(tiles, tokens)
-        return tiles, grid, spec.warps, LIFT_PREFETCH_TILES
-
-    def _for(self, tiles: Tensor, tokens: int) -> tuple[KernelFunction, Callable[..., None], int]:
-        """The kernel for so many tokens and its number of blocks."""
-        spec, function = next(entry for entry in self._multiply if entry[0].accepts(tokens, 0, 0))
-        blocks, processors = tiles.shape[0], self._processors_of(tiles.device)
-        return spec, function, min(blocks, processors * -(-blocks // (processors * spec.block_rows)))
 
     def _processors_of(self, device: torch.device) -> int:
         count = self._processors.get(device)

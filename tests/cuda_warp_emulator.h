@@ -19,20 +19,19 @@ inline uchar* pool_of_block() { return reinterpret_cast<uchar*>(pools[block::cur
 #define pool_buf_ptr pool_of_block()
 
 namespace warp {
-struct Copy { uint32_t to; const void* from; int size; };
+struct Copy { uint32_t to; const void* from; };
 struct Pipe { std::vector<Copy> open; std::deque<std::vector<Copy>> groups; };
 static std::map<int, Pipe> pipes;
 static uint32_t a[64][32][4], b[64][32][2];
-struct Range { const uchar *begin, *end; };
-static std::vector<Range> allowed;  // what asynchronous copies, vector loads and prefetches may touch
+static const uchar *begin, *end;  // what asynchronous copies and prefetches may touch besides `tiles`
+static const uchar *tiles_begin, *tiles_end;
 static long bad_reads;
 
-inline void copy(const Copy& c) { std::memcpy(pool_buf_ptr + c.to, c.from, c.size); }
+inline void copy(const Copy& c) { std::memcpy(pool_buf_ptr + c.to, c.from, 16); }
 inline void flush(std::vector<Copy>& group) { for (const Copy& c : group) copy(c); group.clear(); }
 inline bool inside(const void* p, size_t size) {
   const uchar* at = static_cast<const uchar*>(p);
-  for (const Range& range : allowed)
-    if (at >= range.begin && at + size <= range.end) return true;
+  if (at >= begin && at + size <= end || at >= tiles_begin && at + size <= tiles_end) return true;
   ++bad_reads;
   return false;
 }
@@ -44,16 +43,14 @@ inline void begin_blocks(int count) {
 
 inline uint32_t tvm_builtin_cuda_cvta_generic_to_shared(void* p) { return uint32_t(static_cast<uchar*>(p) - pool_buf_ptr); }
 inline void tvm_builtin_cuda_cta_sync() { __syncthreads(); }
-inline void cp_async(uint32_t to, const void* from, int size) {
-  if (!warp::inside(from, size)) return;
+inline void tvm_builtin_ptx_cp_async_cg_async_cg_shared_global_16(uint32_t to, const void* from) {
+  if (!warp::inside(from, 16)) return;
 #ifdef EARLY_COPIES
-  warp::copy({to, from, size});
+  warp::copy({to, from});
 #else
-  warp::pipes[block::current].open.push_back({to, from, size});
+  warp::pipes[block::current].open.push_back({to, from});
 #endif
 }
-inline void tvm_builtin_ptx_cp_async_cg_async_cg_shared_global_16(uint32_t to, const void* from) { cp_async(to, from, 16); }
-inline void tvm_builtin_ptx_cp_async_ca_async_ca_shared_global_4(uint32_t to, const void* from) { cp_async(to, from, 4); }
 inline void tvm_builtin_ptx_cp_async_commit_group_async_commit_group() {
   warp::Pipe& pipe = warp::pipes[block::current];
   pipe.groups.push_back(pipe.open);
@@ -125,7 +122,6 @@ inline int __reduce_add_sync(uint, int value) {
 inline void atomicAdd(int* at, int value) { *at = int(uint32_t(*at) + uint32_t(value)); }
 inline uint32_t __shfl_sync(uint32_t, uint32_t value, int, int) { return value; }
 inline void liftc_dependent_launch() {}
-inline void liftc_dependent_wait() {}
 inline void liftc_prefetch(const void* from, int bytes, int lane) {
   if (lane == 0 && bytes > 0) warp::inside(from, bytes);
 }
@@ -145,10 +141,10 @@ struct Barrier { int16_t arrivals, pending; int32_t phase; };  // as wide as an 
 inline void liftc_barrier_init(void* at, int arrivals) {
   *static_cast<Barrier*>(at) = {int16_t(arrivals), int16_t(arrivals), 0};
 }
-inline void liftc_fetch(void* to, const void* from, int bytes, void* at, int thread, int threads) {
-  for (int i = thread * 16; i < bytes; i += threads * 16)
-    if (warp::inside(static_cast<const uchar*>(from) + i, 16))
-      std::memcpy(static_cast<uchar*>(to) + i, static_cast<const uchar*>(from) + i, 16);
+inline void liftc_barrier_arrive(void* at) {  // the copies issued so far land now
+  warp::Pipe& pipe = warp::pipes[block::current];
+  for (std::vector<warp::Copy>& group : pipe.groups) warp::flush(group);
+  warp::flush(pipe.open);
   Barrier& barrier = *static_cast<Barrier*>(at);
   if (--barrier.pending == 0) barrier.pending = barrier.arrivals, ++barrier.phase;
 }
@@ -162,18 +158,19 @@ inline void liftc_load_z(const void* row, int column, int columns, void* out) {
       if (warp::inside(at, 2)) std::memcpy(static_cast<int16_t*>(out) + i, at, 2);
     }
 }
-inline void liftc_pair(const void* row, int at, int, float* out) {
-  out[0] = static_cast<const float*>(row)[at], out[1] = static_cast<const float*>(row)[at + 1];
+inline float liftc_load_x(const void* from, int) { return *static_cast<const float*>(from); }
+inline void liftc_publish(void* at, int value) { *static_cast<int*>(at) = value; }
+inline int liftc_published(const void* at) { return *static_cast<const int*>(at); }
+inline void liftc_grid_sync(void* state, int blocks) {
+  int* count = static_cast<int*>(state);
+  int before = count[1];
+  if (++count[0] == blocks) {
+    count[0] = 0;
+    ++count[1];
+  }
+  while (count[1] == before) block::give_way();
 }
-inline int liftc_load_word(const void* at) { return *static_cast<const int*>(at); }
-inline void liftc_publish(void* slot, int peak, int epoch) {
-  static_cast<int*>(slot)[0] = peak, static_cast<int*>(slot)[1] = epoch;
-}
-inline int liftc_await(const void* slot, int epoch) {
-  while (static_cast<const volatile int*>(slot)[1] != epoch) block::give_way();
-  return *static_cast<const int*>(slot);
-}
-inline void liftc_store_y(void* y, long long at, int, int set, int all, const void* z_scale, float scale) {
-  float sum = float(int(2u * uint32_t(set) - uint32_t(all)));
+inline void liftc_store_y(void* y, long long at, int, int set, const void* total, const void* z_scale, float scale) {
+  float sum = float(int(2u * uint32_t(set) - uint32_t(*static_cast<const int*>(total))));
   static_cast<float*>(y)[at] = (sum * *static_cast<const float*>(z_scale)) * scale;
 }
