@@ -65,6 +65,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, action="append", default=[])
     parser.add_argument("--ctx", type=int, default=2048)
     parser.add_argument("--windows", type=int, default=24)
+    parser.add_argument("--captured", type=Path, help="folder that liftc capture wrote")
     parser.add_argument("--work", type=Path, help="keep the work folder here")
     parser.add_argument("--json", type=Path)
     a = parser.parse_args()
@@ -72,7 +73,7 @@ def main() -> None:
         print("\n".join(f"{name:18} {options}" for name, options in ROWS.items()))
         return
     extra = {key: json.loads(value) for key, value in (item.split("=", 1) for item in a.set)}
-    options = CompileOptions(bits=a.bits, **{**ROWS[a.row], **extra})
+    options = CompileOptions(bits=a.bits, captured=a.captured, **{**ROWS[a.row], **extra})
     started = time.perf_counter()
     job = prepare_job(a.model, options)
     captured = time.perf_counter()

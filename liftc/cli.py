@@ -25,12 +25,19 @@ def _compile(a: argparse.Namespace) -> Answer:
         calibration_length=a.calibration_length, calibration_tokens=a.calibration_tokens,
         calibration_field=a.calibration_field, chat_template=a.chat_template, chat_wrap=a.chat_wrap,
         effort=a.effort, beam=a.beam, epochs=a.epochs, dense_epochs=a.dense_epochs, tune_epochs=a.tune_epochs,
-        damp=a.damp, seed=a.seed, dtype=a.dtype, include=a.include, exclude=a.exclude, dump_ir=a.dump_ir,
-        overwrite=a.overwrite, resume=a.resume, quantize_only=a.quantize_only, device=a.device,
+        damp=a.damp, seed=a.seed, dtype=a.dtype, captured=a.captured, include=a.include, exclude=a.exclude,
+        dump_ir=a.dump_ir, overwrite=a.overwrite, resume=a.resume, quantize_only=a.quantize_only, device=a.device,
         activation_memory=a.activation_memory, progress=not a.quiet,
         command=tuple(sys.argv[1:]),
     )  # fmt: skip
     return compile_summary(a.model, a.output, options)
+
+
+def _capture(a: argparse.Namespace) -> Answer:
+    from liftc.capture import capture
+    from liftc.capture_file import save_captured
+
+    return {"output": str(save_captured(capture(a.model, dtype=a.dtype), a.output))}
 
 
 def _generate(a: argparse.Namespace) -> Answer:
@@ -117,6 +124,7 @@ def build_parser() -> argparse.ArgumentParser:
     c.add_argument(
         "--dtype", choices=("bfloat16", "float16", "float32"), help="activations (default: the model's)"
     )
+    c.add_argument("--captured", type=Path, metavar="DIR", help="use the graphs liftc capture wrote there")
     c.add_argument(
         "--include", metavar="REGEX", help="also lower linears outside the decoder blocks that match"
     )
@@ -133,6 +141,13 @@ def build_parser() -> argparse.ArgumentParser:
     c.add_argument("--dump-ir", type=Path, metavar="DIR", help="write the program after every pass")
     c.add_argument(
         "--overwrite", action="store_true", help="replace an existing artifact once the new one is done"
+    )
+
+    k = _command(commands, "capture", _capture, "write a model's graphs, to quantize it where torch is older")
+    k.add_argument("model", type=Path, help="Hugging Face folder (safetensors) or a .gguf file")
+    k.add_argument("-o", "--output", type=Path, required=True, help="folder to create")
+    k.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"), help="activations (default: the model's)"
     )
 
     g = _command(commands, "generate", _generate, "continue a prompt")

@@ -19,18 +19,17 @@ def packed_rows(out_features: int) -> int:
 
 
 def pack_signs(signs: torch.Tensor) -> torch.Tensor:
-    """Pack signs (out_features, lifted_features), any dtype, > 0 meaning +1, into int32 (groups, lifted)."""
+    """Pack signs (out_features, lifted_features), any dtype, > 0 meaning +1, into int32 (groups, lifted)
+    on the same device."""
     if signs.ndim != 2:
         raise LiftcError(f"pack_signs: need a matrix of signs, got shape {tuple(signs.shape)}")
     rows, columns = signs.shape
     groups = packed_rows(rows)
-    bits = torch.zeros(groups * ROWS_PER_WORD, columns, dtype=torch.bool)
-    bits[:rows] = signs.cpu() > 0
-    grouped = bits.view(groups, ROWS_PER_WORD, columns)
-    words = torch.zeros(groups, columns, dtype=torch.int64)
-    for r in range(ROWS_PER_WORD):
-        words |= grouped[:, r].to(torch.int64) << r
-    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+    bits = torch.zeros(groups * ROWS_PER_WORD, columns, dtype=torch.int32, device=signs.device)
+    bits[:rows] = (signs > 0).to(torch.int32)
+    shifts = torch.arange(ROWS_PER_WORD, dtype=torch.int32, device=signs.device)
+    words = bits.view(groups, ROWS_PER_WORD, columns) << shifts[None, :, None]
+    return words.sum(1, dtype=torch.int64).to(torch.int32)
 
 
 def unpack_signs(packed: torch.Tensor, out_features: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -13,11 +13,15 @@ import json
 import shutil
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
+from liftc.capture import capture_config
+from liftc.capture_file import save_captured
 from liftc.driver.compile import CompileOptions, prepare_job
 from liftc.driver.quantize import quantize_program
 
@@ -30,17 +34,29 @@ SHAPES = {
 """hidden, intermediate, heads, key/value heads, blocks."""
 
 
+def config_of(shape: str, layers: int, tokenizer: Path) -> dict[str, Any]:
+    """config.json of a Llama of that shape with the tokenizer's vocabulary."""
+    hidden, inner, heads, kv_heads, _ = SHAPES[shape]
+    return {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden,
+        "intermediate_size": inner, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
+        "num_hidden_layers": layers, "vocab_size": json.loads((tokenizer / "config.json").read_text())["vocab_size"],
+        "rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "rope_theta": 10000.0,
+        "tie_word_embeddings": True, "hidden_act": "silu", "torch_dtype": "bfloat16",
+    }  # fmt: skip
+
+
+def capture_shape(shape: str, layers: int, tokenizer: Path, out: Path) -> None:
+    """Write the captured graphs of a shape; no weights are needed."""
+    captured = capture_config(config_of(shape, layers, tokenizer))
+    save_captured(replace(captured, folder=tokenizer), out)
+
+
 def write_model(folder: Path, shape: str, layers: int, tokenizer: Path) -> None:
     """A Llama folder of `layers` blocks with random bfloat16 weights, one file per block."""
     hidden, inner, heads, kv_heads, _ = SHAPES[shape]
-    small = json.loads((tokenizer / "config.json").read_text())
-    config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden,
-        "intermediate_size": inner, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
-        "num_hidden_layers": layers, "vocab_size": small["vocab_size"], "rms_norm_eps": 1e-5,
-        "max_position_embeddings": 4096, "rope_theta": 10000.0, "tie_word_embeddings": True,
-        "hidden_act": "silu", "torch_dtype": "bfloat16",
-    }  # fmt: skip
+    config = config_of(shape, layers, tokenizer)
+    vocabulary = config["vocab_size"]
     (folder / "config.json").write_text(json.dumps(config))
     for path in tokenizer.glob("tokenizer*"):
         shutil.copyfile(path, folder / path.name)
@@ -58,7 +74,7 @@ def write_model(folder: Path, shape: str, layers: int, tokenizer: Path) -> None:
 
     ones = torch.ones(hidden, dtype=torch.bfloat16)
     save("model-embed.safetensors",
-         {"model.embed_tokens.weight": random(small["vocab_size"], hidden), "model.norm.weight": ones})  # fmt: skip
+         {"model.embed_tokens.weight": random(vocabulary, hidden), "model.norm.weight": ones})  # fmt: skip
     key = hidden // heads * kv_heads
     shapes = {
         "self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (key, hidden), "self_attn.v_proj": (key, hidden),
@@ -82,12 +98,19 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, required=True, help="Hugging Face folder with a tokenizer")
     parser.add_argument("--effort", default="balanced")
     parser.add_argument("--bits", type=float, default=2.4)
+    parser.add_argument(
+        "--capture-to", type=Path, help="only write the captured graphs there, for --captured"
+    )
+    parser.add_argument("--captured", type=Path, help="graphs written before")
     a = parser.parse_args()
+    if a.capture_to:
+        capture_shape(a.shape, a.layers, a.tokenizer, a.capture_to)
+        return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "model"
         folder.mkdir()
         write_model(folder, a.shape, a.layers, a.tokenizer)
-        options = CompileOptions(bits=a.bits, effort=a.effort, tune_epochs=0)
+        options = CompileOptions(bits=a.bits, effort=a.effort, tune_epochs=0, captured=a.captured)
         started = time.perf_counter()
         job = prepare_job(folder, options)
         captured = time.perf_counter()

@@ -17,6 +17,7 @@ from torch import nn
 from liftc import __version__, env
 from liftc.artifact import check_output, recover_replaced, save_shards, staging, write_json, write_manifest
 from liftc.capture import Captured, capture
+from liftc.capture_file import load_captured
 from liftc.codegen.build import check_toolchain
 from liftc.driver.calibrate import (
     CalibrationInputs,
@@ -55,9 +56,10 @@ class CompileOptions:
     "LQ-D/d" for all linears or "REGEX=LQ-D/d" for the matching ones. targets: "llvm", "cuda". archs: "sm_89",
     ... for cuda. cpu: "native" or an x86-64 level for llvm. calibration_tokens: a budget that replaces
     calibration_windows. effort: a key of EFFORTS, which gives calibration_windows, beam, epochs, dense_epochs
-    and tune_epochs (QuantizeOptions) where they are None. resume: refuse to start over. quantize_only: stop
-    before kernels are built; the same call without it continues, on a machine that has TVM. device: "cuda" or
-    "cpu", where quantization runs. activation_memory: bytes of hidden states held in memory.
+    and tune_epochs (QuantizeOptions) where they are None. captured: folder that `liftc capture` wrote.
+    resume: refuse to start over. quantize_only: stop before kernels are built; the same call without it
+    continues, on a machine that has TVM. device: "cuda" or "cpu", where quantization runs.
+    activation_memory: bytes of hidden states held in memory.
     """
 
     bits: float | None = None
@@ -80,6 +82,7 @@ class CompileOptions:
     damp: float = 0.01
     seed: int = 0
     dtype: str | None = None
+    captured: Path | None = None
     include: str | None = None
     exclude: str | None = None
     dump_ir: Path | None = None
@@ -182,7 +185,12 @@ def prepare_job(
 ) -> Job:
     """Everything of compile_model that comes before quantization; raises LiftcError."""
     default, overrides = options.formats_by_pattern()
-    captured = capture(model, example_inputs, dtype=options.dtype)
+    if options.captured is not None:
+        if isinstance(model, nn.Module):
+            raise QuantizeError("a captured model belongs to a model folder, not to a live module")
+        captured = load_captured(options.captured, model)
+    else:
+        captured = capture(model, example_inputs, dtype=options.dtype)
     pipeline = before_quantize(default, overrides, include=options.include, exclude=options.exclude)
     program = PassPipeline(pipeline, dump_dir=options.dump_ir or env.dump_dir()).apply(captured.program)
     if not program.linears:

@@ -71,27 +71,30 @@ def prepare(
     in float64, stored in float32. Raises QuantizeError for a matrix that is not (d, D) with
     1 <= d <= D <= 256 and finite, lam <= 0, or a metric of the wrong shape, not finite or (nearly) singular.
     """
+    return prepare_many(mapping_matrix, None if metric is None else metric[None], lam)[0]
+
+
+def prepare_many(mapping_matrix: torch.Tensor, metrics: torch.Tensor | None, lam: float) -> list[Prepared]:
+    """`prepare` for each metric of (n, d, d), or once for the identity, together on M's device."""
     _check_mapping(mapping_matrix)
     if not (math.isfinite(lam) and lam > 0):
         raise QuantizeError(f"encode: lam must be a positive number, got {lam}")
     d, big = mapping_matrix.shape
     device = mapping_matrix.device
-    exact = mapping_matrix.detach().to("cpu", torch.float64)
-    weighted = exact if metric is None else _gram(metric, d) @ exact
-    gram = exact.T @ weighted + lam * torch.eye(big, dtype=torch.float64)
+    exact = mapping_matrix.detach().double()
+    weighted = exact[None] if metrics is None else _grams(metrics.to(device), d) @ exact
+    gram = exact.T @ weighted + lam * torch.eye(big, dtype=torch.float64, device=device)
     factor = torch.linalg.cholesky(gram, upper=True)
-    projection = torch.linalg.solve_triangular(factor.T, weighted.T, upper=False).T
+    projection = torch.linalg.solve_triangular(factor.mT, weighted.mT, upper=False).mT
     groups = -(-big // SIGNS_PER_GROUP)
-    strict = torch.zeros(big, groups * SIGNS_PER_GROUP, dtype=torch.float64)
-    strict[:, :big] = factor.triu(1)
-    values = torch.arange(2**SIGNS_PER_LOOKUP)
-    patterns = ((values[:, None] >> torch.arange(SIGNS_PER_LOOKUP)) & 1).double() * 2 - 1
-    table = strict.view(big, groups, -1, SIGNS_PER_LOOKUP) @ patterns.T
-
-    def place(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(device, torch.float32).contiguous()
-
-    return Prepared(place(exact), place(projection), place(factor.diagonal()), place(table))
+    strict = factor.new_zeros(len(factor), big, groups * SIGNS_PER_GROUP)
+    strict[:, :, :big] = factor.triu(1)
+    values = torch.arange(2**SIGNS_PER_LOOKUP, device=device)
+    patterns = ((values[:, None] >> torch.arange(SIGNS_PER_LOOKUP, device=device)) & 1).double() * 2 - 1
+    tables = (strict.view(len(factor), big, groups, -1, SIGNS_PER_LOOKUP) @ patterns.T).float()
+    diagonals = factor.diagonal(dim1=-2, dim2=-1).float().contiguous()
+    matrix, projections = exact.float(), projection.float().contiguous()
+    return [Prepared(matrix, *parts) for parts in zip(projections, diagonals, tables)]
 
 
 def encode(
@@ -206,15 +209,17 @@ def _check_mapping(mapping_matrix: torch.Tensor) -> None:
         raise QuantizeError("encode: the mapping matrix contains NaN or infinity")
 
 
-def _gram(metric: torch.Tensor, d: int) -> torch.Tensor:
-    """A'A (d, d) float64 scaled to a mean diagonal of 1."""
-    if tuple(metric.shape) != (d, d):
-        raise QuantizeError(f"encode: the metric must be ({d}, {d}) like d, got shape {tuple(metric.shape)}")
-    exact = metric.detach().to("cpu", torch.float64)
+def _grams(metrics: torch.Tensor, d: int) -> torch.Tensor:
+    """A'A (n, d, d) float64 of each metric, scaled to a mean diagonal of 1."""
+    if tuple(metrics.shape[1:]) != (d, d):
+        raise QuantizeError(
+            f"encode: the metric must be ({d}, {d}) like d, got shape {tuple(metrics.shape[1:])}"
+        )
+    exact = metrics.detach().double()
     if not bool(torch.isfinite(exact).all()):
         raise QuantizeError("encode: the metric contains NaN or infinity; add damping to the input gram")
     sizes = torch.linalg.svdvals(exact)
-    if not float(sizes[-1]) > _SMALLEST_METRIC * float(sizes[0]):
+    if not bool((sizes[:, -1] > _SMALLEST_METRIC * sizes[:, 0]).all()):
         raise QuantizeError("encode: the metric is not positive definite; add damping to the input gram")
-    exact = exact / exact.square().sum().div(d).sqrt()
-    return exact.T @ exact
+    exact = exact / exact.square().sum((1, 2), keepdim=True).div(d).sqrt()
+    return exact.mT @ exact

@@ -7,16 +7,18 @@ later blocks compensate), and its error is fed to the later columns: W -= E U_kk
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 
 from liftc.errors import QuantizeError
 from liftc.packing import pack_signs
-from liftc.quant.encode import encode_prepared, prepare
+from liftc.quant.encode import encode_prepared, prepare_many
 from liftc.quant.whitening import Whitening, damped
 from liftc.spec import LiftSpec
+
+BLOCKS_AT_ONCE = 64
+"""Blocks whose search tables are made together and held at once."""
 
 
 @dataclass(frozen=True)
@@ -64,21 +66,28 @@ def quantize_group(
     scale = work.pow(2).mean(1).sqrt().to(torch.bfloat16)
     rows = scale.float()[:, None]
     safe = torch.where(rows > 0, rows, torch.ones_like(rows))
-    packed = torch.empty(-(-work.shape[0] // 32), spec.lifted_features, dtype=torch.int32)
+    packed = torch.empty(-(-work.shape[0] // 32), spec.lifted_features, dtype=torch.int32, device=place)
     decoded = torch.zeros_like(work)
-    for index, start in enumerate(range(0, spec.padded_in_features, d)):
-        stop = start + d
-        inverse = torch.linalg.inv(factor[start:stop, start:stop])
-        metric = inverse.T / math.sqrt(inverse.pow(2).sum().item() / d)
-        block = work[:, start:stop]
-        signs = encode_prepared(block / safe, prepare(mapping_matrix, metric, lam), beam)
-        packed[:, index * lifted : (index + 1) * lifted] = pack_signs(signs)
-        decoded[:, start:stop] = (signs.float() @ mapping_matrix.T) * rows
-        if stop < work.shape[1]:
-            feedback = (inverse @ factor[start:stop, stop:]).float()
-            work[:, stop:] -= (block - decoded[:, start:stop]) @ feedback
+    inverses = torch.linalg.inv(diagonal_blocks(factor, d))
+    for first in range(0, len(inverses), BLOCKS_AT_ONCE):
+        prepared = prepare_many(mapping_matrix, inverses[first : first + BLOCKS_AT_ONCE].mT, lam)
+        for index, search in enumerate(prepared, first):
+            start, stop = index * d, (index + 1) * d
+            block = work[:, start:stop]
+            signs = encode_prepared(block / safe, search, beam)
+            packed[:, index * lifted : (index + 1) * lifted] = pack_signs(signs)
+            decoded[:, start:stop] = (signs.float() @ mapping_matrix.T) * rows
+            if stop < work.shape[1]:
+                feedback = (inverses[index] @ factor[start:stop, stop:]).float()
+                work[:, stop:] -= (block - decoded[:, start:stop]) @ feedback
     dense = whitening.unwhiten_weight(decoded, weight.shape[1])
-    return GroupResult(packed, scale.cpu(), dense.cpu(), *_errors(weight, dense, gram))
+    return GroupResult(packed.cpu(), scale.cpu(), dense.cpu(), *_errors(weight, dense, gram))
+
+
+def diagonal_blocks(factor: torch.Tensor, size: int) -> torch.Tensor:
+    """The blocks (n / size, size, size) on the diagonal of an (n, n) matrix."""
+    count = factor.shape[0] // size
+    return torch.stack([factor[i * size : (i + 1) * size, i * size : (i + 1) * size] for i in range(count)])
 
 
 def feedback_factor(whitened_gram: torch.Tensor, damp: float) -> torch.Tensor:

@@ -84,6 +84,8 @@ class StreamQuantizer:
             raise QuantizeError(f"graph {graph_name} does not hold the selected linear {missing[0]}")
         self.vectors = {e.name for e in plan_program(program).entries if e.category in ("norm", "bias")}
         self.result = Quantized(folder)
+        for lift in program.lifts.values():
+            self.whitening(lift)
         self._ready: dict[str, torch.Tensor] = {}
 
     def run(self, *, progress: bool) -> Quantized:
@@ -186,7 +188,7 @@ class StreamQuantizer:
         dense: bool,
     ) -> tuple[float, float]:
         train, held_out = split_batches(len(runner), self.options.held_out)
-        if original is None or not epochs or not train:
+        if original is None or not epochs or not held_out:
             return 0.0, 0.0
         loss = block_loss(runner, index, trainable, original.value)
         seed = self.options.seed * 1_000_003 + index
