@@ -4,7 +4,7 @@
 
 artifact: a language model compiled with --target cuda --target llvm; its CUDA object, copied to build/kernels, is
 what the tests use. Runs the tests marked gpu, checks the encoder against its reference bit for bit, compares
-quantizing and generation on GPU and CPU, times decoding.
+quantizing and generation on GPU and CPU, times decoding, and measures the kernels (scripts/bench_gpu_kernels.py).
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def run_tests() -> dict[str, Any]:
     """The GPU tests of the kernels (on build/kernels/cuda-*.so), and the encoder against its reference."""
     tests = [sys.executable, "-m", "pytest", "-q", "--noconftest", "tests/test_kernels_gpu.py"]
+    tests.append("tests/test_tiles_gpu.py")
     code = subprocess.run(tests, cwd=ROOT).returncode
     check = [sys.executable, "scripts/gpu_lattice.py", "--check", "--out", "build/gpu-check"]
     encoder = subprocess.run(check, cwd=ROOT, stdout=subprocess.PIPE, text=True).stdout
@@ -92,7 +93,16 @@ def main() -> None:
     facts = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, **run_tests()}
     facts["quantizer"] = compare_quantizer()
     facts["generation"] = compare_generation(a.artifact)
+    kernels = next((a.artifact / "kernels").glob("cuda-*.so"))
+    bench = [
+        sys.executable,
+        "scripts/bench_gpu_kernels.py",
+        str(kernels),
+        "--json",
+        str(a.out / "kernels.json"),
+    ]
     a.out.mkdir(parents=True, exist_ok=True)
+    facts["bench_exit_code"] = subprocess.run(bench, cwd=ROOT).returncode
     (a.out / "gpu_check.json").write_text(json.dumps(facts, indent=1))
     print(json.dumps(facts, indent=1))
     good = facts["kernel_tests_exit_code"] == 0 and not facts["encoder_different"] and facts["encoder_equal"]
