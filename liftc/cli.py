@@ -225,7 +225,7 @@ def _add_calibration(c: Any) -> None:
     amount = c.add_mutually_exclusive_group()
     amount.add_argument("--calibration-windows", type=int, metavar="N", help="number (default: the effort's)")
     amount.add_argument("--calibration-tokens", type=_tokens, metavar="N", help="a budget: 5000, 32k, 1M")
-    c.add_argument("--calibration-length", type=int, default=512, help="tokens per window (default 512)")
+    c.add_argument("--calibration-length", type=int, help="tokens per window (default 512, encoders 32)")
 
 
 def _add_quantization(c: argparse.ArgumentParser) -> None:

@@ -15,11 +15,17 @@ from liftc import reference
 from liftc.errors import QuantizeError
 from liftc.format import LiftFormat
 from liftc.quant.blocks import BlockRunner
-from liftc.quant.segments import split_blocks
 from liftc.quant.calibration import cut_windows, read_text, spread_windows
 from liftc.quant.ldlq import feedback_factor, quantize_group
 from liftc.quant.mapping import load_mapping
-from liftc.quant.whitening import Whitening, damped, orthogonal_whitening, random_orthogonal
+from liftc.quant.segments import split_blocks
+from liftc.quant.whitening import (
+    Whitening,
+    damped,
+    orthogonal_factor,
+    orthogonal_whitening,
+    random_orthogonal,
+)
 from liftc.spec import LiftSpec, transform_shape
 
 aten = torch.ops.aten
@@ -56,6 +62,18 @@ def test_orthogonal_factors_are_seeded() -> None:
     q = random_orthogonal(9, 3)
     torch.testing.assert_close(q @ q.T, torch.eye(9, dtype=torch.float64))
     assert torch.equal(q, random_orthogonal(9, 3)) and not torch.equal(q, random_orthogonal(9, 4))
+
+
+@pytest.mark.parametrize("size", [1, 2, 9, 32, 64])
+def test_hadamard_where_the_size_allows(size: int) -> None:
+    q = orthogonal_factor(size, 3)
+    torch.testing.assert_close(q @ q.T, torch.eye(size, dtype=torch.float64))
+    assert torch.equal(q, orthogonal_factor(size, 3))
+    if size in (2, 32, 64):
+        torch.testing.assert_close(q.abs(), torch.full_like(q, size**-0.5))
+        assert not torch.equal(q, orthogonal_factor(size, 4))
+    else:
+        assert torch.equal(q, random_orthogonal(size, 3))
 
 
 def test_feedback_factor_inverts_the_damped_gram() -> None:

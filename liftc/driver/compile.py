@@ -55,8 +55,9 @@ class CompileOptions:
     bits: bits per weight of the signs, rounded to D/32 (2.4 unless `formats` gives one for all). formats:
     "LQ-D/d" for all linears or "REGEX=LQ-D/d" for the matching ones. targets: "llvm", "cuda". archs: "sm_89",
     ... for cuda. cpu: "native" or an x86-64 level for llvm. calibration_tokens: a budget that replaces
-    calibration_windows. effort: a key of EFFORTS, which gives calibration_windows, beam, epochs, dense_epochs
-    and tune_epochs (QuantizeOptions) where they are None. captured: folder that `liftc capture` wrote.
+    calibration_windows. effort: a key of EFFORTS, which gives calibration_tokens, beam, epochs, dense_epochs
+    and tune_epochs (QuantizeOptions) where they are None. calibration_length: tokens per window, by default 512
+    for language models and 32, about a sentence, for encoders. captured: folder that `liftc capture` wrote.
     resume: refuse to start over. quantize_only: stop before kernels are built; the same call without it
     continues, on a machine that has TVM. device: "cuda" or "cpu", where quantization runs.
     activation_memory: bytes of hidden states held in memory.
@@ -69,7 +70,7 @@ class CompileOptions:
     cpu: str = "native"
     calibration: Path | None = None
     calibration_windows: int | None = None
-    calibration_length: int = 512
+    calibration_length: int | None = None
     calibration_tokens: int | None = None
     calibration_field: str | None = None
     chat_template: bool = False
@@ -277,10 +278,10 @@ def _calibrate(
     options: CompileOptions,
     example_inputs: Sequence[torch.Tensor] | None,
 ) -> CalibrationInputs:
-    budget, length = options.calibration_tokens, options.calibration_length
-    windows = options.calibration_windows or EFFORTS[options.effort].windows
-    if budget is not None:
-        windows = budget_windows(budget, length)
+    length = options.calibration_length or (512 if captured.kind == "causal-lm" else 32)
+    budget, windows = options.calibration_tokens, options.calibration_windows
+    if budget is not None or windows is None:
+        windows = budget_windows(EFFORTS[options.effort].tokens if budget is None else budget, length)
     request = CalibrationRequest(
         options.calibration, options.calibration_field, options.chat_template, options.chat_wrap, windows, length,
         options.seed,

@@ -36,20 +36,20 @@ MIN_BATCHES = 8
 
 @dataclass(frozen=True)
 class Effort:
-    """What --effort stands for: beam width, calibration windows of the default length, and passes over the
-    calibration set for intra-block correction, dense training and end-to-end tuning (QuantizeOptions)."""
+    """What --effort stands for: beam width, calibration tokens, and passes over the calibration set for
+    intra-block correction, dense training and end-to-end tuning (QuantizeOptions)."""
 
     beam: int
-    windows: int
+    tokens: int
     epochs: int
     dense_epochs: int
     tune_epochs: int
 
 
 EFFORTS = {
-    "fast": Effort(beam=16, windows=64, epochs=0, dense_epochs=0, tune_epochs=0),
-    "balanced": Effort(beam=64, windows=64, epochs=2, dense_epochs=0, tune_epochs=0),
-    "best": Effort(beam=256, windows=192, epochs=3, dense_epochs=2, tune_epochs=8),
+    "fast": Effort(beam=16, tokens=32768, epochs=0, dense_epochs=0, tune_epochs=0),
+    "balanced": Effort(beam=64, tokens=32768, epochs=2, dense_epochs=0, tune_epochs=0),
+    "best": Effort(beam=256, tokens=98304, epochs=3, dense_epochs=2, tune_epochs=8),
 }
 """docs/method.md says what each ingredient buys and docs/results.md what each effort costs."""
 

@@ -75,10 +75,23 @@ def random_orthogonal(size: int, seed: int) -> torch.Tensor:
     return orthogonal
 
 
+def orthogonal_factor(size: int, seed: int) -> torch.Tensor:
+    """A Hadamard matrix with random signs on both sides where size is a power of two, which spreads every
+    input evenly; else a random orthogonal matrix. float64 (size, size), the same for the same seed."""
+    if size < 2 or size & (size - 1):
+        return random_orthogonal(size, seed)
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + size)
+    signs = torch.randint(0, 2, (2, size), generator=generator, dtype=torch.float64) * 2 - 1
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while matrix.shape[0] < size:
+        matrix = torch.kron(matrix, torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64))
+    return signs[0][:, None] * matrix * signs[1] / math.sqrt(size)
+
+
 def orthogonal_whitening(left: int, right: int, seed: int) -> Whitening:
-    """Data-free transform P1 ⊗ P2 of random orthogonal factors; shared by all layers of the same shape."""
-    p1 = random_orthogonal(left, seed)
-    p2 = random_orthogonal(right, seed + 1)
+    """Data-free transform P1 ⊗ P2 of orthogonal factors; shared by all layers of the same shape."""
+    p1 = orthogonal_factor(left, seed)
+    p2 = orthogonal_factor(right, seed + 1)
     return Whitening(left=p1.T.float().contiguous(), right_inverse=p2.float().contiguous())
 
 
