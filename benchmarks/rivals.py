@@ -426,8 +426,8 @@ def worker(a: argparse.Namespace, todo: Any, done: Any) -> None:
             "method": method, "bits": bits, "group": group, "quantize_seconds": time.monotonic() - began, **facts,
             "stored_bits": stored_bits(model, method, bits, group) if method != "none" else 16.0,
             "calibration_tokens": calibration.numel() if method.startswith(("gptq", "awq")) else 0,
-            "wiki": evaluate(model, original, windows_of(tokens["wiki"], 2048, a.wiki_windows)),
-            "web": evaluate(model, original, windows_of(tokens["evalweb"], 2048, a.web_windows)),
+            "wiki": evaluate(model, original, windows_of(tokens["wiki"], a.context, a.wiki_windows)),
+            "web": evaluate(model, original, windows_of(tokens["evalweb"], a.context, a.web_windows)),
         }  # fmt: skip
         done.put(row)
     done.put(None)
@@ -447,6 +447,7 @@ def main() -> None:
     parser.add_argument("--groups", default="64,128")
     parser.add_argument("--windows", type=int, default=128, help="calibration windows")
     parser.add_argument("--length", type=int, default=1024, help="tokens per calibration window")
+    parser.add_argument("--context", type=int, default=2048, help="tokens per evaluation window")
     parser.add_argument("--wiki-windows", type=int, default=24)
     parser.add_argument("--web-windows", type=int, default=12)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
