@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,7 @@ from liftc.quant import activations, stream
 from liftc.quant.activations import ActivationStore, Budget
 from liftc.quant.blocks import BlockRunner, ScaledWeight, stack
 from liftc.quant.correct import fit, split_batches, token_weights
+from liftc.quant.parallel import Ranks
 from liftc.quant.result import Quantized
 from liftc.quant.trainable import Rates, Trainable
 from liftc.quant.tune import TUNED_FILE, kl_divergence, run_whole
@@ -313,3 +317,38 @@ def test_correction_on_the_gpu(job: Job, options: CompileOptions, tmp_path: Path
     for a, b in zip(one.files, two.files):
         assert a.read_bytes() == b.read_bytes()
     assert one.tuned is not None and one.tuned.after <= one.tuned.before and one.memory["gpu"] > 0
+
+
+def test_two_processes_quantize_as_one(
+    model_folder: Path, text_file: Path, options: CompileOptions, job: Job, tmp_path: Path
+) -> None:
+    """torchrun with two processes: one set of files, errors and losses like those of a single process."""
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "liftc",
+        "compile", model_folder, "-o", tmp_path / "out", "--calibration", text_file, "--calibration-windows", "16",
+        "--calibration-length", "24", "--format", "LQ-64/32", "--beam", "4", "--epochs", "2", "--dense-epochs", "1",
+        "--tune-epochs", "1", "--device", "cpu", "--quantize-only", "-q",
+    ]  # fmt: skip
+    done = subprocess.run(
+        [str(c) for c in command], capture_output=True, text=True, timeout=300, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    changes = {"epochs": 2, "dense_epochs": 1, "tune_epochs": 1}
+    one = quantize(job, options, tmp_path / "one", **changes)
+    folder = tmp_path / "out.partial" / "quantized"
+    assert sorted(p.name for p in folder.iterdir()) == sorted(p.name for p in one.files)
+    for path in one.files[:-1]:
+        with safe_open(path, "pt") as a, safe_open(folder / path.name, "pt") as b:
+            assert sorted(a.keys()) == sorted(b.keys())
+            first, second = (json.loads(handle.metadata()["report"]) for handle in (a, b))
+        for x, y in zip(first, second):
+            assert x["name"] == y["name"] and y["proxy_loss"] == pytest.approx(x["proxy_loss"], rel=0.2)
+
+
+def test_rows_and_windows_are_shared() -> None:
+    parts = [Ranks(r, 3).rows(200) for r in range(3)]
+    assert [p.start for p in parts] == [0, 64, 128] and parts[-1].stop == 200
+    assert [Ranks(r, 2).share(range(5)) for r in range(2)] == [[0, 2], [1, 3]]
+    with pytest.raises(QuantizeError, match="cannot share 1"):
+        Ranks(0, 2).share([1])

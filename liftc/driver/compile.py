@@ -28,7 +28,7 @@ from liftc.driver.calibrate import (
 from liftc.driver.card import model_card
 from liftc.driver.inspect import inspect_artifact
 from liftc.driver.kernels import place_kernels
-from liftc.driver.quantize import EFFORTS, quantize_program
+from liftc.driver.quantize import EFFORTS, join_ranks, quantize_program
 from liftc.driver.weights import artifact_tensors
 from liftc.errors import QuantizeError
 from liftc.format import LiftFormat
@@ -141,13 +141,17 @@ def compile_model(
 
     model: Hugging Face folder, .gguf file, or any module (then example_inputs are its positional inputs and
     also the calibration set). Keyword arguments override fields of `options`. An interrupted call continues
-    when repeated with the same arguments. Raises LiftcError subclasses for anything the user can mend.
+    when repeated with the same arguments. Started by torchrun, the processes quantize together and the first
+    one writes the artifact. Raises LiftcError subclasses for anything the user can mend.
     """
     options = replace(options or CompileOptions(), **changes)
     out = Path(output)
     options.formats_by_pattern(), options.quantize_options()
     partial = out.with_name(out.name + ".partial")
-    recover_replaced(out, partial)
+    ranks = join_ranks(options.device)
+    if ranks.first:
+        recover_replaced(out, partial)
+    ranks.barrier()
     check_output(out, overwrite=options.overwrite)
     if not options.quantize_only:
         check_toolchain(options.targets, options.archs, options.cpu)
@@ -157,7 +161,7 @@ def compile_model(
         job.captured, job.program, job.inputs, options.quantize_options(), partial, device=options.device,
         activation_memory=options.activation_memory, resume=options.resume, progress=options.progress,
     )  # fmt: skip
-    if options.quantize_only:
+    if options.quantize_only or not ranks.first:
         return partial
     after = PassPipeline(after_quantize(), dump_dir=options.dump_ir or env.dump_dir(), first=job.passes + 1)
     lowered = after.apply(job.program)
@@ -203,7 +207,7 @@ def compile_summary(model: Path, output: Path, options: CompileOptions) -> dict[
     """compile_model, then what `liftc inspect` says of the result."""
     started = time.perf_counter()
     path = compile_model(model, output, options)
-    if options.quantize_only:
+    if path != output:
         return {"work": str(path), "seconds": time.perf_counter() - started}
     return {
         "output": str(path),

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import resource
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import distributed
 
 from liftc import __version__
 from liftc.artifact import write_json
@@ -23,6 +25,7 @@ from liftc.program import Program
 from liftc.quant.activations import ActivationStore, Budget
 from liftc.quant.blocks import BlockRunner
 from liftc.quant.mapping import load_mapping
+from liftc.quant.parallel import Ranks
 from liftc.quant.result import Quantized, QuantizeOptions
 from liftc.quant.stream import StreamQuantizer
 from liftc.quant.trainable import Trainable
@@ -72,15 +75,32 @@ def quantize_program(
     in memory before they go to disk. resume: refuse, naming what changed, instead of starting over. Raises
     QuantizeError and ArtifactError.
     """
-    _resume_or_clear(work, _fingerprint(captured, program, inputs, options), resume=resume, announce=progress)
+    ranks = Ranks.current()
+    if ranks.first:
+        fingerprint = _fingerprint(captured, program, inputs, options)
+        _resume_or_clear(work, fingerprint, resume=resume, announce=progress)
+    ranks.barrier()
     budget = Budget(activation_memory)
     stream = _stream(captured, program, inputs, options, work, device, budget)
-    quantized = stream.run(progress=progress)
+    quantized = stream.run(progress=progress and ranks.first)
     if options.tune_epochs:
         tune(stream, quantized, language_model=inputs.graph == "prefill", shared=_all_positions(inputs))
     quantized.memory = peak_memory(stream.device, budget)
-    shutil.rmtree(work / "activations", ignore_errors=True)
+    ranks.barrier()
+    if ranks.first:
+        shutil.rmtree(work / "activations", ignore_errors=True)
     return quantized
+
+
+def join_ranks(device: str | None) -> Ranks:
+    """Join the processes that torchrun started, if it did; each takes the GPU of its local rank."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count > 1 and not distributed.is_initialized():
+        gpu = device != "cpu" and torch.cuda.is_available()
+        if gpu:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        distributed.init_process_group("nccl" if gpu else "gloo")
+    return Ranks.current()
 
 
 def whole_model_of(
@@ -111,13 +131,15 @@ def _stream(
         raise QuantizeError("--device cuda needs an NVIDIA GPU that torch can use; choose --device cpu")
     graph = program.graphs[inputs.graph]
 
+    ranks = Ranks.current()
+    sequences = ranks.share(inputs.sequences)
+
     def stores() -> ActivationStore:
-        return ActivationStore(budget, work / "activations")
+        return ActivationStore(budget, work / "activations" / str(ranks.rank))
 
     def new_runner(store: ActivationStore) -> BlockRunner:
         return BlockRunner(
-            graph, inputs.sequences, inputs.shared, inputs.scratch, device=place, batch=batch_size(inputs),
-            store=store,
+            graph, sequences, inputs.shared, inputs.scratch, device=place, batch=batch_size(sequences), store=store,
         )  # fmt: skip
 
     return StreamQuantizer(
@@ -126,12 +148,12 @@ def _stream(
     )  # fmt: skip
 
 
-def batch_size(inputs: CalibrationInputs) -> int:
+def batch_size(sequences: Sequence[Mapping[str, Any]]) -> int:
     """Sequences per batch."""
     longest = max(
-        (v.numel() for s in inputs.sequences for v in s.values() if isinstance(v, torch.Tensor)), default=1
+        (v.numel() for s in sequences for v in s.values() if isinstance(v, torch.Tensor)), default=1
     )
-    return max(1, min(TOKENS_PER_STEP // max(1, longest), len(inputs.sequences) // MIN_BATCHES))
+    return max(1, min(TOKENS_PER_STEP // max(1, longest), len(sequences) // MIN_BATCHES))
 
 
 def peak_memory(device: torch.device, budget: Budget) -> dict[str, int]:

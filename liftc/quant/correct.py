@@ -16,6 +16,7 @@ from torch.fx import Node
 
 from liftc.errors import QuantizeError
 from liftc.quant.blocks import BlockRunner
+from liftc.quant.parallel import Ranks
 from liftc.quant.trainable import Rates, Trainable
 
 Targets = Callable[[int, Node], torch.Tensor]
@@ -43,9 +44,12 @@ def fit(
     rates: Rates,
     dense: bool,
     seed: int,
+    ranks: Ranks | None = None,
 ) -> Fit:
     """Minimise loss(batch) over `train` with Adam and a cosine schedule; keeps the epoch that is best on
-    `held_out`, or nothing. Raises QuantizeError when the loss is not finite."""
+    `held_out`, or nothing. Processes of `ranks` step together on batches of their own. Raises QuantizeError
+    when the loss is not finite."""
+    ranks = ranks or Ranks()
     groups = [
         {"params": tensors, "lr": getattr(rates, kind)} for kind, tensors in trainable.parameters(dense=dense)
     ]
@@ -56,7 +60,7 @@ def fit(
     peaks = [group["lr"] for group in optimizer.param_groups]
     generator = torch.Generator().manual_seed(seed)
     steps, step = epochs * len(train), 0
-    first = best = _mean_loss(loss, held_out)
+    first = best = _mean_loss(loss, held_out, ranks, tensors[0].device)
     kept, kept_epochs = [t.clone() for t in tensors], 0
     for tensor in tensors:
         tensor.requires_grad_(True)
@@ -68,9 +72,12 @@ def fit(
                 group["lr"] = peak * factor
             optimizer.zero_grad(set_to_none=True)
             torch.autograd.backward(loss(train[position]), inputs=tensors)
+            for tensor in tensors if ranks.size > 1 else ():
+                assert tensor.grad is not None
+                ranks.sum(tensor.grad).div_(ranks.size)
             optimizer.step()
             step += 1
-        now = _mean_loss(loss, held_out)
+        now = _mean_loss(loss, held_out, ranks, tensors[0].device)
         if now < best:
             best, kept, kept_epochs = now, [t.detach().clone() for t in tensors], epoch + 1
     with torch.no_grad():
@@ -81,8 +88,10 @@ def fit(
 
 
 @torch.no_grad()
-def _mean_loss(loss: Callable[[int], torch.Tensor], batches: Sequence[int]) -> float:
-    value = sum(loss(number).item() for number in batches) / len(batches)
+def _mean_loss(
+    loss: Callable[[int], torch.Tensor], batches: Sequence[int], ranks: Ranks, device: torch.device
+) -> float:
+    value = ranks.mean(sum(loss(number).item() for number in batches) / len(batches), device)
     if not math.isfinite(value):
         raise QuantizeError(
             "the output of a block is not finite; use --dtype float32 or check the model's weights"

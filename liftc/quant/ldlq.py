@@ -14,6 +14,7 @@ import torch
 from liftc.errors import QuantizeError
 from liftc.packing import pack_signs
 from liftc.quant.encode import encode_prepared, prepare_many
+from liftc.quant.parallel import Ranks
 from liftc.quant.whitening import Whitening, damped
 from liftc.spec import LiftSpec
 
@@ -25,9 +26,10 @@ BLOCKS_AT_ONCE = 64
 class GroupResult:
     """Outcome for the stacked rows of one group.
 
-    packed: int32 (ceil(OC / 32), lifted_features). output_scale: bfloat16 (OC,). weight: float32 (OC, IC), the
-    dense weight the signs stand for. relative_error: ||W - Ŵ||² / ||W||². proxy_loss: the same in the metric
-    of the input gram, tr(E H Eᵀ) / tr(W H Wᵀ).
+    packed: int32 (ceil(OC / 32), lifted_features). output_scale: bfloat16 (OC,). weight: float32, the dense
+    weight the signs stand for, of the rows this process encoded: all (OC, IC) unless several share them.
+    relative_error: ||W - Ŵ||² / ||W||². proxy_loss: the same in the metric of the input gram,
+    tr(E H Eᵀ) / tr(W H Wᵀ).
     """
 
     packed: torch.Tensor
@@ -49,13 +51,17 @@ def quantize_group(
     damp: float,
     lam: float,
     device: torch.device | None = None,
+    ranks: Ranks | None = None,
 ) -> GroupResult:
     """Quantize weight (OC, IC) against gram (IC, IC) = E[x xᵀ]; both any float dtype.
 
-    Works on `device` (default: where the weight is); results are on the CPU. Raises QuantizeError for NaN or
+    Works on `device` (default: where the weight is), with the processes of `ranks` each encoding a part of the
+    rows; results are on the CPU. Raises QuantizeError for NaN or
     infinite weights. Rows of zeros get output_scale 0.
     """
     place = device or weight.device
+    ranks = ranks or Ranks()
+    weight = weight[ranks.rows(len(weight))]
     weight, gram, mapping_matrix = weight.to(place, torch.float32), gram.to(place), mapping_matrix.to(place)
     whitening = whitening.to(place)
     if not torch.isfinite(weight).all():
@@ -81,7 +87,10 @@ def quantize_group(
                 feedback = (inverses[index] @ factor[start:stop, stop:]).float()
                 work[:, stop:] -= (block - decoded[:, start:stop]) @ feedback
     dense = whitening.unwhiten_weight(decoded, weight.shape[1])
-    return GroupResult(packed.cpu(), scale.cpu(), dense.cpu(), *_errors(weight, dense, gram))
+    packed, scale = ranks.concatenate(packed), ranks.concatenate(scale)
+    sums = ranks.sum(_error_sums(weight, dense, gram)).tolist()
+    relative, proxy = (error / energy if energy > 0 else 0.0 for error, energy in (sums[:2], sums[2:]))
+    return GroupResult(packed.cpu(), scale.cpu(), dense.cpu(), relative, proxy)
 
 
 def diagonal_blocks(factor: torch.Tensor, size: int) -> torch.Tensor:
@@ -110,12 +119,10 @@ def feedback_factor(whitened_gram: torch.Tensor, damp: float) -> torch.Tensor:
     raise QuantizeError("the input gram is not positive definite even when damped; use more calibration text")
 
 
-def _errors(weight: torch.Tensor, dense: torch.Tensor, gram: torch.Tensor) -> tuple[float, float]:
-    error = (weight - dense).double()
-    exact, metric = weight.double(), gram.double()
-    energy = exact.pow(2).sum().item()
-    proxy = ((exact @ metric) * exact).sum().item()
-    return (
-        error.pow(2).sum().item() / energy if energy > 0 else 0.0,
-        ((error @ metric) * error).sum().item() / proxy if proxy > 0 else 0.0,
-    )
+def _error_sums(weight: torch.Tensor, dense: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
+    """||E||², ||W||², tr(E H Eᵀ), tr(W H Wᵀ) of the error E = W - Ŵ, float64 (4,)."""
+    error, exact, metric = (weight - dense).double(), weight.double(), gram.double()
+    return torch.stack([
+        error.square().sum(), exact.square().sum(), ((error @ metric) * error).sum(),
+        ((exact @ metric) * exact).sum(),
+    ])  # fmt: skip

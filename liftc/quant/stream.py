@@ -32,6 +32,7 @@ from liftc.quant.blocks import BlockRunner
 from liftc.quant.correct import block_loss, fit, split_batches
 from liftc.quant.ldlq import quantize_group
 from liftc.quant.mapping import lam_of, load_mapping
+from liftc.quant.parallel import Ranks
 from liftc.quant.result import BlockReport, LinearReport, Quantized, QuantizeOptions, write_atomically
 from liftc.quant.segments import Segment
 from liftc.quant.trainable import Trainable
@@ -77,6 +78,7 @@ class StreamQuantizer:
     ) -> None:
         self.program, self.checkpoint, self.options = program, checkpoint, options
         self.device, self.new_runner, self.stores = torch.device(device), new_runner, stores
+        self.ranks = Ranks.current()
         self.graph = program.graphs[graph_name]
         self.nodes = linear_nodes(self.graph, program)
         missing = sorted(set(program.linears) - set(self.nodes))
@@ -95,15 +97,16 @@ class StreamQuantizer:
         original = self.new_runner(self.stores()) if self.options.corrects else None
         work = [(i, self._groups(s), self._path(i)) for i, s in enumerate(runner.segments)]
         work = [item for item in work if item[1]]
-        missing = max((index for index, _, path in work if not path.exists()), default=-1)
-        done = 0
+        absent = {index for index, _, path in work if not path.exists()}
+        missing, done = max(absent, default=-1), 0
+        self.ranks.barrier()
         with tqdm(total=len(work), desc="quantize", unit="block", disable=not progress) as bar:
             for index, groups, path in work:
                 if index <= missing:
                     for earlier in range(done, index):
                         self._advance(earlier, runner, original)
                     done = index
-                if not path.exists():
+                if index in absent:
                     self._segment(index, groups, runner, original)
                 self._load(path, groups, decode=index < missing)
                 latest = [r.proxy_loss for r in self.result.report[-len(groups) :]]
@@ -156,10 +159,12 @@ class StreamQuantizer:
                 tensors[output_scale_name(name)] = scales[self.program.linears[name].weight]
         tensors.update(trainable.changed_vectors())
         block = BlockReport(runner.segments[index].block, time.perf_counter() - started, before, after)
-        write_atomically(
-            self._path(index), tensors,
-            {"report": json.dumps([asdict(r) for r in reports]), "block": json.dumps(asdict(block))},
-        )  # fmt: skip
+        if self.ranks.first:
+            write_atomically(
+                self._path(index), tensors,
+                {"report": json.dumps([asdict(r) for r in reports]), "block": json.dumps(asdict(block))},
+            )  # fmt: skip
+        self.ranks.barrier()
 
     def _trainable(self, runner: BlockRunner, index: int, groups: Mapping[str, list[str]]) -> Trainable:
         trainable = Trainable(self.device)
@@ -193,8 +198,9 @@ class StreamQuantizer:
         loss = block_loss(runner, index, trainable, original.value)
         seed = self.options.seed * 1_000_003 + index
         fitted = fit(
-            trainable, loss, train, held_out, epochs=epochs, rates=self.options.rates, dense=dense, seed=seed
-        )
+            trainable, loss, train, held_out, epochs=epochs, rates=self.options.rates, dense=dense, seed=seed,
+            ranks=self.ranks,
+        )  # fmt: skip
         return fitted.before, fitted.after
 
     def _gram(
@@ -216,7 +222,8 @@ class StreamQuantizer:
         runner.observe(index, trainable.tensor, {source: hook})
         if rows == 0:
             raise QuantizeError(f"{lift}: calibration never reached the input of this layer")
-        return gram / rows
+        total = self.ranks.sum(torch.tensor(float(rows), dtype=torch.float64, device=self.device))
+        return self.ranks.sum(gram) / total.float()
 
     def _quantize(
         self,
@@ -234,6 +241,7 @@ class StreamQuantizer:
             result = quantize_group(
                 stacked, gram, spec, self.whitening(spec), load_mapping(spec.format),
                 beam=self.options.beam, damp=self.options.damp, lam=lam_of(spec.format), device=self.device,
+                ranks=self.ranks,
             )  # fmt: skip
         except LiftcError as error:
             raise QuantizeError(f"{lift}: {error}") from error

@@ -36,8 +36,10 @@ def tune(
 ) -> None:
     """Tune what `stream` quantized and append the file of tuned tensors to `quantized`; loads it when a run
     before has left it. shared: placeholder values that make the graph give all its outputs."""
-    path = quantized.folder / TUNED_FILE
-    if not path.exists():
+    path, ranks = quantized.folder / TUNED_FILE, stream.ranks
+    absent = not path.exists()
+    ranks.barrier()
+    if absent:
         started = time.perf_counter()
         trainable = whole_model(stream, quantized)
         student, teacher = stream.new_runner(stream.stores()), stream.new_runner(stream.stores())
@@ -47,8 +49,10 @@ def tune(
         loss = _loss(student, teacher, trainable, stream.checkpoint.tensor, language_model=language_model)
         train, held_out = split_batches(len(student), stream.options.held_out)
         options = stream.options
-        fitted = fit(trainable, loss, train, held_out, epochs=options.tune_epochs, rates=options.rates, dense=False,
-                     seed=options.seed)  # fmt: skip
+        fitted = fit(
+            trainable, loss, train, held_out, epochs=options.tune_epochs, rates=options.rates, dense=False,
+            seed=options.seed, ranks=ranks,
+        )  # fmt: skip
         for runner in (student, teacher):
             runner.close()
         scales = trainable.scales()
@@ -56,7 +60,9 @@ def tune(
             output_scale_name(n): scales[linear.weight] for n, linear in stream.program.linears.items()
         }
         report = TuneReport(fitted.before, fitted.after, fitted.epochs, time.perf_counter() - started)
-        write_atomically(path, {**tensors, **trainable.vectors()}, {"tuned": json.dumps(asdict(report))})
+        if ranks.first:
+            write_atomically(path, {**tensors, **trainable.vectors()}, {"tuned": json.dumps(asdict(report))})
+        ranks.barrier()
     try:
         with safe_open(path, "pt") as handle:
             quantized.tuned = TuneReport(**json.loads(handle.metadata()["tuned"]))
