@@ -123,6 +123,12 @@ def test_ops_survive_export_and_compile() -> None:
             z, z_scale = ir.lift(x, None, left, right)
             return ir.sign_matmul(z, z_scale, packed, scale, torch.float32)
 
-    args = (torch.randn(2, 8), torch.eye(2), torch.randn(4, 9), pack_signs(random_signs(5, 18)), torch.ones(5))
+    args = (
+        torch.randn(2, 8),
+        torch.eye(2),
+        torch.randn(4, 9),
+        pack_signs(random_signs(5, 18)),
+        torch.ones(5),
+    )
     exported = torch.export.export(Layer(), args, strict=False)
     assert torch.equal(exported.module()(*args), Layer()(*args))

@@ -57,7 +57,8 @@ def test_rejects_bad_prompts(model: CausalLM, ids: list[int]) -> None:
 
 
 @pytest.mark.parametrize(
-    "values", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}, {"temperature": float("nan")}]
+    "values",
+    [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}, {"temperature": float("nan")}],
 )
 def test_rejects_sampling_out_of_range(values: dict[str, float]) -> None:
     with pytest.raises(LiftcError):

@@ -114,7 +114,9 @@ def test_three_bits_are_closer_than_two(
     original = load_dense(model_folder)
     ids = torch.tensor([[11, 22, 33, 44, 55, 66, 77, 88, 9, 10, 11, 12]])
     wanted = original(ids).float()
-    better = liftc.load(compile_model(model_folder, tmp_path / "three", replace(options, formats=("LQ-96/32",))))
+    better = liftc.load(
+        compile_model(model_folder, tmp_path / "three", replace(options, formats=("LQ-96/32",)))
+    )
     error_two = (model(ids).float() - wanted).pow(2).mean()
     error_three = (better(ids).float() - wanted).pow(2).mean()
     assert error_three < 0.6 * error_two
