@@ -12,6 +12,7 @@ options holds the same signs, scales and vectors.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import tempfile
 import time
@@ -59,9 +60,7 @@ def main() -> None:
     parser.add_argument("--row", choices=ROWS, default="balanced")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--bits", type=float, default=2.4)
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="OPTION=VALUE", help="option as JSON"
-    )
+    parser.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE", help="option as JSON")
     parser.add_argument("--text", type=Path, action="append", default=[])
     parser.add_argument("--ctx", type=int, default=2048)
     parser.add_argument("--windows", type=int, default=24)
@@ -91,7 +90,8 @@ def main() -> None:
             "blocks": sum(b.seconds for b in quantized.blocks), "tune": tuned.seconds if tuned else 0.0,
             "all": done - captured}, "memory": quantized.memory, "tuned": asdict(tuned) if tuned else None,
             "block_error": [(b.error_before, b.error_after) for b in quantized.blocks],
-            "proxy_loss": sum(r.proxy_loss for r in quantized.report) / len(quantized.report), "texts": {},
+            "proxy_loss": sum(r.proxy_loss for r in quantized.report) / len(quantized.report),
+            "digest": digest(quantized.files), "texts": {},
         }  # fmt: skip
         weights = whole_model_of(job.captured, job.program, job.inputs, quantized)
         for text in a.text:
@@ -100,9 +100,20 @@ def main() -> None:
         f"{name}: ppl {r['perplexity']:.2f} ({r['reference_perplexity']:.2f}) KL {r['kl']:.4f} top-1 {r['top1']:.3f}"
         for name, r in row["texts"].items()
     )
-    print(f"{a.row} {a.bits} {extra or ''} {said} | {row['seconds']} {row['memory']}", flush=True)
+    print(
+        f"{a.row} {a.bits} {extra or ''} {said} | {row['seconds']} {row['memory']} {row['digest'][:12]}",
+        flush=True,
+    )
     if a.json:
         a.json.write_text(json.dumps(row, indent=1), encoding="utf-8")
+
+
+def digest(files: list[Path]) -> str:
+    """sha256 over the bytes of the work folder's files: the same on every run on one kind of device."""
+    state = hashlib.sha256()
+    for path in files:
+        state.update(path.read_bytes())
+    return state.hexdigest()
 
 
 def measure(job: Job, weights: Any, text: Path, ctx: int, count: int) -> dict[str, Any]:

@@ -1,16 +1,20 @@
 """The whole GPU check in one command, on a machine with torch, tvm_ffi and pytest but neither TVM nor a registry.
 
     python scripts/gpu_check.py --artifact ARTIFACT --out OUT
+    python scripts/gpu_check.py ... --model FOLDER --captured DIR --text T --row best:2.4 --row best:2.0 --row fast:2.4
 
 artifact: a language model compiled with --target cuda --target llvm; its CUDA object, copied to build/kernels, is
 what the tests use. Runs the tests marked gpu, checks the encoder against its reference bit for bit, compares
 quantizing and generation on GPU and CPU, times decoding, and measures the kernels (scripts/bench_gpu_kernels.py).
+With --model also quantizes it once per --row NAME:BITS (benchmarks/ablation.py) and the first of them a second
+time, which must give the same bytes. --captured: where torch is older than capture needs (liftc capture).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -84,12 +88,38 @@ def compare_quantizer() -> dict[str, Any]:
     return answer
 
 
+def quantize_rows(a: argparse.Namespace) -> dict[str, Any]:
+    """The ablation rows one after the other, and whether the first, run again, gives the same bytes."""
+    found: dict[str, Any] = {}
+    for number, name in enumerate([*a.row, a.row[0]]):
+        row, _, bits = name.partition(":")
+        path = a.out / f"row-{number}-{row}-{bits}.json"
+        command = [sys.executable, "benchmarks/ablation.py", str(a.model), "--row", row, "--bits", bits or "2.4",
+                   "--json", str(path), *(f"--text={t}" for t in a.text)]  # fmt: skip
+        if a.captured:
+            command += ["--captured", str(a.captured)]
+        if subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": _path()}).returncode == 0:
+            answer = json.loads(path.read_text())
+            found.setdefault(name, answer)
+            found["same_bytes"] = answer["digest"] == found[a.row[0]]["digest"]
+    return found
+
+
+def _path() -> str:
+    return os.pathsep.join([str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+
+
 def main() -> None:
     """Run everything, print one JSON object, exit with 1 when something disagreed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--artifact", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--model", type=Path, help="Hugging Face folder to quantize")
+    parser.add_argument("--captured", type=Path)
+    parser.add_argument("--text", type=Path, action="append", default=[])
+    parser.add_argument("--row", action="append", default=[], metavar="NAME:BITS")
     a = parser.parse_args()
+    a.out.mkdir(parents=True, exist_ok=True)
     facts = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, **run_tests()}
     facts["quantizer"] = compare_quantizer()
     facts["generation"] = compare_generation(a.artifact)
@@ -101,12 +131,17 @@ def main() -> None:
         "--json",
         str(a.out / "kernels.json"),
     ]
-    a.out.mkdir(parents=True, exist_ok=True)
     facts["bench_exit_code"] = subprocess.run(bench, cwd=ROOT).returncode
+    if a.model and a.row:
+        facts["rows"] = quantize_rows(a)
     (a.out / "gpu_check.json").write_text(json.dumps(facts, indent=1))
     print(json.dumps(facts, indent=1))
-    good = facts["kernel_tests_exit_code"] == 0 and not facts["encoder_different"] and facts["encoder_equal"]
-    sys.exit(0 if good and facts["generation"]["tokens_equal"] else 1)
+    good = (
+        facts["kernel_tests_exit_code"] == 0 and facts["bench_exit_code"] == 0
+        and not facts["encoder_different"] and facts["encoder_equal"] and facts["generation"]["tokens_equal"]
+        and facts.get("rows", {}).get("same_bytes", True)
+    )  # fmt: skip
+    sys.exit(0 if good else 1)
 
 
 if __name__ == "__main__":
