@@ -87,7 +87,8 @@ def main() -> None:
         row = {
             "row": a.row, "bits": a.bits, "set": extra, "options": asdict(options.quantize_options()),
             "calibration": job.inputs.description, "seconds": {"capture": captured - started,
-            "blocks": sum(b.seconds for b in quantized.blocks), "tune": tuned.seconds if tuned else 0.0,
+            "blocks": sum(v for k, v in quantized.seconds.items() if k != "tuned"),
+            "tune": quantized.seconds.get("tuned", 0.0),
             "all": done - captured}, "memory": quantized.memory, "tuned": asdict(tuned) if tuned else None,
             "block_error": [(b.error_before, b.error_after) for b in quantized.blocks],
             "proxy_loss": sum(r.proxy_loss for r in quantized.report) / len(quantized.report),

@@ -25,7 +25,7 @@ from liftc.kernel_object import file_sha256
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 MANIFEST_KEYS = {
-    "format_version", "liftc", "kind", "files", "targets", "command", "options", "versions", "source",
+    "format_version", "liftc", "kind", "files", "run", "targets", "command", "options", "versions", "source",
 }  # fmt: skip
 SHARD_BYTES = 2 * 10**9
 

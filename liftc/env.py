@@ -37,6 +37,11 @@ def num_threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
+def processes() -> tuple[int, int]:
+    """`WORLD_SIZE` and `LOCAL_RANK` as torchrun sets them: (number of processes, this one's GPU)."""
+    return int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+
+
 def cuda_home() -> Path | None:
     """`CUDA_HOME` or `CUDA_PATH`: root of a CUDA toolkit, or None."""
     value = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")

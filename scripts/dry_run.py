@@ -119,13 +119,13 @@ def main() -> None:
             device=None, activation_memory=None, resume=False, progress=False,
         )  # fmt: skip
         whole = time.perf_counter() - captured
-    blocks = [b for b in quantized.blocks if b.block >= 0]
+    blocks = [quantized.seconds[path.stem] for path in quantized.files]
     weights = sum(spec.out_features * spec.in_features for spec in job.program.linears.values()) // len(
         blocks
     )
-    total = blocks[-1].seconds * SHAPES[a.shape][4]
+    total = blocks[-1] * SHAPES[a.shape][4]
     print(f"{a.shape} {a.effort}, {job.inputs.description}: capture {captured - started:.1f} s, blocks "
-          f"{[round(b.seconds, 2) for b in blocks]} s of {weights / 1e6:.0f} M weights, all {whole:.1f} s; "
+          f"{[round(b, 2) for b in blocks]} s of {weights / 1e6:.0f} M weights, all {whole:.1f} s; "
           f"{SHAPES[a.shape][4]} blocks about {total / 60:.1f} min")  # fmt: skip
     print(f"peak bytes: {quantized.memory}; a block is {2 * weights / 1e9:.2f} GB in bfloat16")
 

@@ -18,6 +18,7 @@ from test_faults import refused
 from torch.fx import Graph
 
 import liftc
+from liftc.artifact import read_manifest
 from liftc.capture import capture
 from liftc.capture_file import FACTS, load_captured, save_captured
 from liftc.driver import quantize as quantize_module
@@ -206,7 +207,8 @@ def test_tuned_tensors_are_the_artifact(
     changes = {"calibration_windows": 16, "epochs": 2, "tune_epochs": 4, "dense_epochs": 0}
     out = compile_model(model_folder, tmp_path / "out", options, **changes)
     report = json.loads((out / "report.json").read_text())
-    assert report["tuned"]["epochs"] > 0 and report["memory"]["process"] > 0
+    assert report["tuned"]["epochs"] > 0 and len(report["blocks"]) == 2
+    assert read_manifest(out)["run"]["peak_bytes"]["process"] > 0
     stored = load_file(next(out.glob("model-*.safetensors")))
     before = load_file(model_folder / "model.safetensors")
     assert not torch.equal(stored["model.norm.weight"], before["model.norm.weight"])

@@ -172,7 +172,7 @@ def test_disk_full(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    owner = artifact_module if where == "weights" else sys.modules["liftc.quant.stream"]
+    owner = artifact_module if where == "weights" else sys.modules["liftc.quant.result"]
     with monkeypatch.context() as patch:
         patch.setattr(owner, "save_file", full)
         with pytest.raises(LiftcError, match="No space left"):

@@ -255,7 +255,8 @@ def _write(
     write_manifest(
         stage,
         {"liftc": __version__, "kind": captured.kind, "targets": list(options.targets),
-         "command": list(options.command), "options": facts, "versions": _versions(), "source": name},
+         "command": list(options.command), "options": facts, "versions": _versions(), "source": name,
+         "run": {"seconds": quantized.seconds, "peak_bytes": quantized.memory}},
     )  # fmt: skip
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import resource
 import shutil
 import sys
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-from liftc import __version__
+from liftc import __version__, env
 from liftc.artifact import write_json
 from liftc.capture import Captured
 from liftc.driver.calibrate import CalibrationInputs, digest
@@ -94,11 +93,11 @@ def quantize_program(
 
 def join_ranks(device: str | None) -> Ranks:
     """Join the processes that torchrun started, if it did; each takes the GPU of its local rank."""
-    count = int(os.environ.get("WORLD_SIZE", "1"))
+    count, local = env.processes()
     if count > 1 and not distributed.is_initialized():
         gpu = device != "cpu" and torch.cuda.is_available()
         if gpu:
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+            torch.cuda.set_device(local)
         distributed.init_process_group("nccl" if gpu else "gloo")
     return Ranks.current()
 

@@ -63,30 +63,28 @@ class LinearReport:
 
 @dataclass(frozen=True)
 class BlockReport:
-    """One block: seconds it took, and the held-out relative error of its output before and after correction
-    (0 when it was not corrected)."""
+    """Held-out relative error of a block's output before and after correction; 0 when it was not corrected."""
 
     block: int
-    seconds: float
     error_before: float = 0.0
     error_after: float = 0.0
 
 
 @dataclass(frozen=True)
 class TuneReport:
-    """End-to-end tuning: held-out loss before and after (KL divergence in nats for a language model), the
-    epochs kept, and seconds."""
+    """End-to-end tuning: held-out loss before and after (KL divergence in nats for a language model), and the
+    epochs kept."""
 
     before: float
     after: float
     epochs: int
-    seconds: float
 
 
 @dataclass
 class Quantized:
     """What quantization produced: files in order (a later one overrides an earlier one), the shared
-    transforms, and the reports."""
+    transforms, and the reports. seconds: of each part done in this run, "block-00003" or "tuned"; memory: peak
+    bytes. These two differ from run to run, so no hashed file holds them."""
 
     folder: Path
     files: list[Path] = field(default_factory=list)
@@ -94,15 +92,15 @@ class Quantized:
     report: list[LinearReport] = field(default_factory=list)
     blocks: list[BlockReport] = field(default_factory=list)
     tuned: TuneReport | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data for report.json; `memory` holds peak bytes."""
+        """Plain data for report.json."""
         return {
             "linears": [asdict(row) for row in self.report],
             "blocks": [asdict(row) for row in self.blocks],
             "tuned": asdict(self.tuned) if self.tuned else None,
-            "memory": self.memory,
         }
 
     def tensors(self) -> dict[str, Path]:

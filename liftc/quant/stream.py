@@ -158,7 +158,8 @@ class StreamQuantizer:
             for name in names:
                 tensors[output_scale_name(name)] = scales[self.program.linears[name].weight]
         tensors.update(trainable.changed_vectors())
-        block = BlockReport(runner.segments[index].block, time.perf_counter() - started, before, after)
+        block = BlockReport(runner.segments[index].block, before, after)
+        self.result.seconds[self._path(index).stem] = time.perf_counter() - started
         if self.ranks.first:
             write_atomically(
                 self._path(index), tensors,

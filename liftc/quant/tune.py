@@ -59,7 +59,8 @@ def tune(
         tensors = {
             output_scale_name(n): scales[linear.weight] for n, linear in stream.program.linears.items()
         }
-        report = TuneReport(fitted.before, fitted.after, fitted.epochs, time.perf_counter() - started)
+        report = TuneReport(fitted.before, fitted.after, fitted.epochs)
+        quantized.seconds[path.stem] = time.perf_counter() - started
         if ranks.first:
             write_atomically(path, {**tensors, **trainable.vectors()}, {"tuned": json.dumps(asdict(report))})
         ranks.barrier()
