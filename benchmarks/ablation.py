@@ -22,17 +22,14 @@ from typing import Any
 
 import torch
 
-from liftc.driver.calibrate import CalibrationInputs
+from liftc.driver.calibrate import prefill_inputs
 from liftc.driver.compile import CompileOptions, Job, prepare_job
 from liftc.driver.quantize import quantize_program, whole_model_of
 from liftc.evaluate import evaluate
-from liftc.program import split_type
-from liftc.quant.activations import ActivationStore
 from liftc.quant.blocks import BlockRunner
 from liftc.quant.calibration import cut_windows, read_text
 from liftc.quant.tune import run_whole
 from liftc.runtime.tokenizer import Tokenizer
-from liftc.spec import DTYPES
 
 SIGNS: dict[str, Any] = {"epochs": 0, "dense_epochs": 0, "tune_epochs": 0}
 ROWS: dict[str, dict[str, Any]] = {
@@ -123,17 +120,8 @@ def measure(job: Job, weights: Any, text: Path, ctx: int, count: int) -> dict[st
     tokens = Tokenizer(job.captured.folder).encode(read_text(text), special_tokens=False)
     windows = cut_windows(tokens, ctx, min(count, len(tokens) // ctx))
     graph = job.program.graphs["prefill"]
-    types = {n.name: str(n.meta["type"]) for n in graph.find_nodes(op="placeholder")}
-
-    def scratch(name: str) -> torch.Tensor:
-        dtype, dims = split_type(types[name])
-        return torch.zeros([int(d) if d.isdigit() else ctx for d in dims], dtype=DTYPES[dtype])
-
-    shared = {"cache_position": torch.arange(ctx), "logit_positions": torch.arange(ctx)}
-    inputs = CalibrationInputs("prefill", [{"input_ids": w} for w in windows], shared, scratch, "", "")
-    runner = BlockRunner(
-        graph, inputs.sequences, shared, scratch, device=weights.device, store=ActivationStore()
-    )
+    inputs = prefill_inputs(job.program, windows, text.name, all_logits=True)
+    runner = BlockRunner(graph, inputs.sequences, inputs.shared, inputs.scratch, device=weights.device)
     names = {str(n.target) for n in graph.find_nodes(op="get_attr")}
     original = {name: job.captured.checkpoint.tensor(name).to(weights.device) for name in names}
     numbers = {id(w): i for i, w in enumerate(windows)}

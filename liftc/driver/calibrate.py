@@ -44,17 +44,28 @@ def language_model_inputs(program: Program, folder: Path, request: CalibrationRe
         raise QuantizeError(
             f"--calibration-length {length} is longer than the {longest} tokens this model can read"
         )
+    return prefill_inputs(program, chosen, request.describe(len(chosen)))
+
+
+def prefill_inputs(
+    program: Program, windows: Sequence[torch.Tensor], description: str, *, all_logits: bool = False
+) -> CalibrationInputs:
+    """Windows of token ids (1, length), all of one length, through the prefill graph.
+
+    all_logits: ask for the logits of every position instead of the last one.
+    """
+    length = windows[0].shape[1]
     types = {n.name: str(n.meta["type"]) for n in program.graphs["prefill"].find_nodes(op="placeholder")}
 
     def scratch(name: str) -> torch.Tensor:
         dtype, dims = split_type(types[name])
         return torch.zeros([int(d) if d.isdigit() else length for d in dims], dtype=DTYPES[dtype])
 
-    shared = {"cache_position": torch.arange(length), "logit_positions": torch.tensor([length - 1])}
+    positions = torch.arange(length)
+    shared = {"cache_position": positions, "logit_positions": positions if all_logits else positions[-1:]}
     return CalibrationInputs(
-        "prefill", [{"input_ids": ids} for ids in chosen], shared, scratch, digest(chosen),
-        request.describe(len(chosen)),
-    )  # fmt: skip
+        "prefill", [{"input_ids": ids} for ids in windows], shared, scratch, digest(windows), description
+    )
 
 
 def encoder_inputs(program: Program, folder: Path, request: CalibrationRequest) -> CalibrationInputs:

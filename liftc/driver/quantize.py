@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import resource
@@ -99,6 +100,7 @@ def join_ranks(device: str | None) -> Ranks:
         if gpu:
             torch.cuda.set_device(local)
         distributed.init_process_group("nccl" if gpu else "gloo")
+        atexit.register(distributed.destroy_process_group)
     return Ranks.current()
 
 

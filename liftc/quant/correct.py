@@ -122,9 +122,3 @@ def token_weights(target: torch.Tensor) -> torch.Tensor:
     norms = target.norm(dim=-1)
     limit = LOUD_TOKENS * norms.median()
     return (limit / norms.clamp_min(1e-30)).clamp_max(1.0).square() if limit > 0 else torch.ones_like(norms)
-
-
-def split_batches(count: int, share: float) -> tuple[list[int], list[int]]:
-    """Numbers of the batches to train on and of those held out (the last ones); one batch cannot be split."""
-    held = min(max(1, round(count * share)), count - 1)
-    return list(range(count - held)), list(range(count - held, count))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from liftc.errors import QuantizeError
 from liftc.quant.encode import MAX_BEAM
 from liftc.quant.trainable import Rates
 from liftc.quant.whitening import Whitening
+
+FACTS = "facts"
 
 
 @dataclass(frozen=True)
@@ -112,11 +116,15 @@ class Quantized:
         return found
 
 
-def write_atomically(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file under a temporary name, flush it to disk and rename it."""
+def write_atomically(path: Path, tensors: dict[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
+    """Write a safetensors file under a temporary name, flush it to disk and rename it.
+
+    facts: plain data, kept as JSON under the single metadata key FACTS: safetensors writes several keys in an
+    order that differs from run to run.
+    """
     temporary = path.with_suffix(".tmp")
     try:
-        save_file(tensors, temporary, metadata=metadata)
+        save_file(tensors, temporary, metadata={FACTS: json.dumps(facts, sort_keys=True)})
         with open(temporary, "rb") as handle:
             os.fsync(handle.fileno())
         os.replace(temporary, path)

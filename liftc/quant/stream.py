@@ -29,11 +29,12 @@ from liftc.plan import plan_program
 from liftc.program import Program
 from liftc.quant.activations import ActivationStore
 from liftc.quant.blocks import BlockRunner
-from liftc.quant.correct import block_loss, fit, split_batches
+from liftc.quant.calibration import split_held_out
+from liftc.quant.correct import block_loss, fit
 from liftc.quant.ldlq import quantize_group
 from liftc.quant.mapping import lam_of, load_mapping
 from liftc.quant.parallel import Ranks
-from liftc.quant.result import BlockReport, LinearReport, Quantized, QuantizeOptions, write_atomically
+from liftc.quant.result import FACTS, BlockReport, LinearReport, Quantized, QuantizeOptions, write_atomically
 from liftc.quant.segments import Segment
 from liftc.quant.trainable import Trainable
 from liftc.quant.whitening import Whitening, orthogonal_whitening
@@ -161,10 +162,8 @@ class StreamQuantizer:
         block = BlockReport(runner.segments[index].block, before, after)
         self.result.seconds[self._path(index).stem] = time.perf_counter() - started
         if self.ranks.first:
-            write_atomically(
-                self._path(index), tensors,
-                {"report": json.dumps([asdict(r) for r in reports]), "block": json.dumps(asdict(block))},
-            )  # fmt: skip
+            facts = {"linears": [asdict(row) for row in reports], "block": asdict(block)}
+            write_atomically(self._path(index), tensors, facts)
         self.ranks.barrier()
 
     def _trainable(self, runner: BlockRunner, index: int, groups: Mapping[str, list[str]]) -> Trainable:
@@ -193,7 +192,7 @@ class StreamQuantizer:
         *,
         dense: bool,
     ) -> tuple[float, float]:
-        train, held_out = split_batches(len(runner), self.options.held_out)
+        train, held_out = split_held_out(range(len(runner)), self.options.held_out, self.options.seed)
         if original is None or not epochs or not held_out:
             return 0.0, 0.0
         loss = block_loss(runner, index, trainable, original.value)
@@ -277,9 +276,9 @@ class StreamQuantizer:
         """Take in the file of a block; with `decode`, its weights too, for the blocks that follow."""
         try:
             with safe_open(path, "pt") as handle:
-                facts = handle.metadata()
-                reports = [LinearReport(**row) for row in json.loads(facts["report"])]
-                block = BlockReport(**json.loads(facts["block"]))
+                facts = json.loads(handle.metadata()[FACTS])
+                reports = [LinearReport(**row) for row in facts["linears"]]
+                block = BlockReport(**facts["block"])
                 for name in (n for names in groups.values() for n in names if decode):
                     linear = self.program.linears[name]
                     unit = self.unit_weight(linear, handle.get_tensor(packed_name(name)))

@@ -20,8 +20,9 @@ from torch.utils.checkpoint import checkpoint
 
 from liftc.errors import QuantizeError
 from liftc.quant.blocks import BlockRunner, Weights
-from liftc.quant.correct import fit, split_batches
-from liftc.quant.result import Quantized, TuneReport, write_atomically
+from liftc.quant.calibration import split_held_out
+from liftc.quant.correct import fit
+from liftc.quant.result import FACTS, Quantized, TuneReport, write_atomically
 from liftc.quant.stream import StreamQuantizer
 from liftc.quant.trainable import Trainable
 from liftc.tensor_names import output_scale_name, packed_name
@@ -47,8 +48,8 @@ def tune(
         for runner in (student, teacher):
             runner.share(shared)
         loss = _loss(student, teacher, trainable, stream.checkpoint.tensor, language_model=language_model)
-        train, held_out = split_batches(len(student), stream.options.held_out)
         options = stream.options
+        train, held_out = split_held_out(range(len(student)), options.held_out, options.seed)
         fitted = fit(
             trainable, loss, train, held_out, epochs=options.tune_epochs, rates=options.rates, dense=False,
             seed=options.seed, ranks=ranks,
@@ -62,11 +63,11 @@ def tune(
         report = TuneReport(fitted.before, fitted.after, fitted.epochs)
         quantized.seconds[path.stem] = time.perf_counter() - started
         if ranks.first:
-            write_atomically(path, {**tensors, **trainable.vectors()}, {"tuned": json.dumps(asdict(report))})
+            write_atomically(path, {**tensors, **trainable.vectors()}, {"tuned": asdict(report)})
         ranks.barrier()
     try:
         with safe_open(path, "pt") as handle:
-            quantized.tuned = TuneReport(**json.loads(handle.metadata()["tuned"]))
+            quantized.tuned = TuneReport(**json.loads(handle.metadata()[FACTS])["tuned"])
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise QuantizeError(f"{path} is damaged ({error}); delete it and run again") from error
     quantized.files.append(path)
