@@ -26,12 +26,14 @@ import multiprocessing
 import queue
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
+from rival_methods import Tensor, awq_clip, awq_scales, fit_grid, gptq, hqq, output_loss
 from torch import nn
+
+from liftc.evaluate import evaluate
 
 METHODS = ("rtn", "rtn-clip", "hqq", "awq", "gptq", "gptq-clip")
 SHARED = (
@@ -40,30 +42,6 @@ SHARED = (
     ("mlp.gate_proj", "mlp.up_proj"),
     ("mlp.down_proj",),
 )
-Tensor = torch.Tensor
-
-
-@dataclass(frozen=True)
-class Grid:
-    """scale, zero: float32 (OC, groups); weight = scale * (q - zero) with q in 0 ... 2^bits - 1."""
-
-    scale: Tensor
-    zero: Tensor
-    bits: int
-    group: int
-
-    def round(self, weight: Tensor) -> Tensor:
-        """The nearest representable weight, (OC, IC)."""
-        w = grouped(weight, self.group)
-        s, z = self.scale[:, :, None], self.zero[:, :, None]
-        q = (torch.round(w / s) + z).clamp(0, 2**self.bits - 1)
-        return ((q - z) * s).flatten(1)[:, : weight.shape[1]]
-
-
-def grouped(weight: Tensor, group: int) -> Tensor:
-    """(OC, IC) -> (OC, groups, group) float32; a short last group is filled with zeros, which every grid holds."""
-    w = nn.functional.pad(weight.float(), (0, -weight.shape[1] % group))
-    return w.view(len(w), -1, group)
 
 
 def stored_bits(model: Any, method: str, bits: int, group: int) -> float:
@@ -77,168 +55,6 @@ def stored_bits(model: Any, method: str, bits: int, group: int) -> float:
             total += rows * columns * bits + groups * (16 + (16 if method == "hqq" else bits))
             weights += rows * columns
     return total / weights
-
-
-def fit_grid(weight: Tensor, bits: int, group: int, *, clip: bool) -> Grid:
-    """Min-max grid per row and group; with `clip` the range shrinks, in 40 steps to 0.2, to the least error."""
-    w = grouped(weight, group)
-    top, low = w.amax(-1).clamp_min(0), w.amin(-1).clamp_max(0)
-    best: Grid | None = None
-    least = torch.full_like(top, math.inf)
-    for step in range(40 if clip else 1):
-        share = 1 - 0.02 * step
-        scale = ((top - low) * share / (2**bits - 1)).half().float().clamp_min(1e-7)
-        zero = torch.round(-low * share / scale).clamp(0, 2**bits - 1)
-        grid = Grid(scale, zero, bits, group)
-        error = grouped(grid.round(weight) - weight, group).square().sum(-1)
-        if best is None:
-            best, least = grid, error
-        else:
-            better = error < least
-            least = torch.where(better, error, least)
-            best = Grid(
-                torch.where(better, scale, best.scale), torch.where(better, zero, best.zero), bits, group
-            )
-    assert best is not None
-    return best
-
-
-def gptq(weight: Tensor, gram: Tensor, grid: Grid, damp: float = 0.01, block: int = 64) -> Tensor:
-    """GPTQ (Frantar et al. 2023) of weight (OC, IC) under gram (IC, IC), columns by falling diagonal."""
-    w, h = weight.float().clone(), gram.double()
-    dead = h.diagonal() == 0
-    h = h + torch.diag(dead.double()) + damp * h.diagonal().mean() * torch.eye(len(h), device=h.device)
-    w[:, dead] = 0
-    order = torch.argsort(h.diagonal(), descending=True)
-    h = h[order][:, order]
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
-    factor = torch.linalg.cholesky((inverse + inverse.T) / 2, upper=True).float()
-    which = (torch.arange(w.shape[1], device=w.device) // grid.group)[order]
-    scale, zero = grid.scale[:, which].T.contiguous(), grid.zero[:, which].T.contiguous()
-    columns = w[:, order].T.contiguous()
-    done = torch.empty_like(columns)
-    for first in range(0, len(columns), block):
-        last = min(first + block, len(columns))
-        job = ColumnBlock.of(last - first, len(w), 2**grid.bits - 1, w.device)
-        done[first:last], errors = job.run(
-            columns[first:last], scale[first:last], zero[first:last], factor[first:last, first:last]
-        )
-        columns[last:] -= factor[first:last, last:].T @ errors
-    result = torch.empty_like(w)
-    result[:, order] = done.T
-    return result
-
-
-class ColumnBlock:
-    """GPTQ's loop over the columns of one block: some 500 small operations, one CUDA graph where there is a GPU."""
-
-    made: ClassVar[dict[tuple[int, int, int, torch.device], ColumnBlock]] = {}
-
-    def __init__(self, columns: int, rows: int, top: int, device: torch.device) -> None:
-        self.part, self.scale, self.zero, self.done, self.errors = torch.ones(5, columns, rows, device=device)
-        self.factor = torch.eye(columns, device=device)
-        self.top = top
-        self.graph: torch.cuda.CUDAGraph | None = None
-        if device.type == "cuda":
-            side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                self.loop()
-            torch.cuda.current_stream().wait_stream(side)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.loop()
-
-    @classmethod
-    def of(cls, columns: int, rows: int, top: int, device: torch.device) -> ColumnBlock:
-        key = (columns, rows, top, device)
-        if key not in cls.made:
-            cls.made[key] = cls(*key)
-        return cls.made[key]
-
-    def loop(self) -> None:
-        for i in range(len(self.part)):
-            scale, zero, done, error = self.scale[i], self.zero[i], self.done[i], self.errors[i]
-            torch.div(self.part[i], scale, out=done)
-            done.round_().add_(zero).clamp_(0, self.top).sub_(zero).mul_(scale)
-            torch.sub(self.part[i], done, out=error)
-            error.div_(self.factor[i, i])
-            if i + 1 < len(self.part):
-                self.part[i + 1 :].addr_(self.factor[i, i + 1 :], error, alpha=-1)
-
-    def run(self, part: Tensor, scale: Tensor, zero: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-        """(rounded columns, their errors over the factor's diagonal), both to be used before the next call."""
-        for own, given in ((self.part, part), (self.scale, scale), (self.zero, zero), (self.factor, factor)):
-            own.copy_(given)
-        if self.graph is not None:
-            self.graph.replay()
-        else:
-            self.loop()
-        return self.done, self.errors
-
-
-def hqq(weight: Tensor, bits: int, group: int, steps: int = 20) -> Tensor:
-    """Half-quadratic quantization (Badri and Shaji 2023): float zero points by a shrunken residual, p = 0.7."""
-    w = weight.float().view(-1, group)
-    low, high = w.amin(1, keepdim=True), w.amax(1, keepdim=True)
-    inverse = ((2**bits - 1) / (high - low).clamp_min(1e-8)).clamp_max(2e4)
-    inverse = 1 / (1 / inverse).half().float()
-    zero, beta, least = -low * inverse, 10.0, math.inf
-    if bits == 4:
-        zero = torch.round(zero)
-    best = zero
-    for _ in range(steps):
-        q = torch.round(w * inverse + zero).clamp(0, 2**bits - 1)
-        residual = w - (q - zero) / inverse
-        error = residual.abs().mean().item()
-        if error >= least:
-            break
-        best, least = zero, error
-        small = residual.abs().clamp_min(1e-8).pow(0.7 - 1) / beta
-        shrunk = residual.sign() * (residual.abs() - small).clamp_min(0)
-        zero = (q - (w - shrunk) * inverse).mean(1, keepdim=True)
-        beta *= 1.01
-    best = best.half().float()
-    q = torch.round(w * inverse + best).clamp(0, 2**bits - 1)
-    rounded: Tensor = ((q - best) / inverse).view_as(weight)
-    return rounded
-
-
-def output_loss(error: Tensor, gram: Tensor) -> float:
-    """tr(E H E') of a weight error (OC, IC): the mean squared output error times OC."""
-    return float(((error.double() @ gram.double()) * error.double()).sum())
-
-
-def awq_scales(weight: Tensor, gram: Tensor, magnitude: Tensor, bits: int, group: int) -> Tensor:
-    """The scale magnitude^alpha, alpha in 0, 0.05 ... 0.95, of least output error (AWQ, Lin et al. 2024)."""
-    best, least = torch.ones_like(magnitude), math.inf
-    for step in range(20):
-        s = magnitude.clamp_min(1e-4).pow(step / 20)
-        s = s / (s.max() * s.min()).sqrt()
-        scaled = weight * s
-        error = fit_grid(scaled, bits, group, clip=False).round(scaled) / s - weight
-        loss = output_loss(error, gram)
-        if loss < least:
-            best, least = s, loss
-    return best
-
-
-def awq_clip(weight: Tensor, gram: Tensor, bits: int, group: int) -> Tensor:
-    """weight clamped per row and group at the share (1 ... 0.55) of its maximum with least output error."""
-    w = grouped(weight, group)
-    short = -len(gram) % group
-    padded = nn.functional.pad(gram.float(), (0, short, 0, short))
-    blocks = torch.stack([padded[i : i + group, i : i + group] for i in range(0, len(padded), group)])
-    limit = w.abs().amax(-1, keepdim=True)
-    best, least = w, torch.full(w.shape[:2], math.inf, device=w.device)
-    for step in range(10):
-        clipped = torch.minimum(torch.maximum(w, -limit * (1 - 0.05 * step)), limit * (1 - 0.05 * step))
-        flat = clipped.flatten(1)[:, : weight.shape[1]]
-        error = grouped(fit_grid(flat, bits, group, clip=False).round(flat), group) - w
-        loss = torch.einsum("ogi,gij,ogj->og", error, blocks, error)
-        best = torch.where((loss < least)[:, :, None], clipped, best)
-        least = torch.minimum(loss, least)
-    return best.flatten(1)[:, : weight.shape[1]]
 
 
 class Calibration:
@@ -352,19 +168,10 @@ def awq_layer(layer: Any, grams: dict[str, tuple[Tensor, Tensor]], bits: int, gr
             linear.weight.copy_(fit_grid(weight, bits, group, clip=False).round(weight))
 
 
-@torch.no_grad()
-def evaluate(model: Any, original: Any, windows: Tensor) -> dict[str, float]:
-    """Perplexity, mean KL(original || model) in nats and top-1 agreement over all predicted tokens."""
-    loss = divergence = agreement = 0.0
-    count = 0
-    for window in windows.to(model.device):
-        got = model(window[None]).logits[0, :-1].float().log_softmax(-1)
-        wanted = original(window[None]).logits[0, :-1].float().log_softmax(-1)
-        loss -= got.gather(1, window[1:, None]).double().sum().item()
-        divergence += (wanted.exp() * (wanted - got)).sum(-1).double().sum().item()
-        agreement += (got.argmax(-1) == wanted.argmax(-1)).sum().item()
-        count += len(window) - 1
-    return {"perplexity": math.exp(loss / count), "kl": divergence / count, "top1": agreement / count}
+def measure(model: Any, original: Any, windows: Tensor) -> dict[str, Any]:
+    """Perplexity, KL divergence and top-1 agreement on windows (n, context) as liftc.evaluate defines them."""
+    ids = list(windows.to(model.device)[:, None].unbind(0))
+    return evaluate(ids, lambda x: model(x).logits, lambda x: original(x).logits).to_json()
 
 
 def load_model(folder: Path, device: str) -> Any:
@@ -426,8 +233,8 @@ def worker(a: argparse.Namespace, todo: Any, done: Any) -> None:
             "method": method, "bits": bits, "group": group, "quantize_seconds": time.monotonic() - began, **facts,
             "stored_bits": stored_bits(model, method, bits, group) if method != "none" else 16.0,
             "calibration_tokens": calibration.numel() if method.startswith(("gptq", "awq")) else 0,
-            "wiki": evaluate(model, original, windows_of(tokens["wiki"], a.context, a.wiki_windows)),
-            "web": evaluate(model, original, windows_of(tokens["evalweb"], a.context, a.web_windows)),
+            "wiki": measure(model, original, windows_of(tokens["wiki"], a.context, a.wiki_windows)),
+            "web": measure(model, original, windows_of(tokens["evalweb"], a.context, a.web_windows)),
         }  # fmt: skip
         done.put(row)
     done.put(None)

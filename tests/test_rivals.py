@@ -1,4 +1,4 @@
-"""The baselines of benchmarks/rivals.py do what their names say."""
+"""The baselines of benchmarks/rival_methods.py do what their names say."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 
-SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "rivals.py"
+SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "rival_methods.py"
 
 
 @pytest.fixture(scope="module")
