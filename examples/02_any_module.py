@@ -1,6 +1,6 @@
 """Lower the linear layers of any torch module: the example inputs trace it and calibrate it.
 
-    python examples/02_any_module.py OUT
+python examples/02_any_module.py OUT
 """
 
 from __future__ import annotations

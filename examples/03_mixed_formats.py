@@ -1,6 +1,6 @@
 """Different formats for different layers, and the byte ledger of the result.
 
-    python examples/03_mixed_formats.py MODEL OUT
+python examples/03_mixed_formats.py MODEL OUT
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Capture a model, run the passes one by one, and look at the program in between.
 
-    python examples/04_passes_by_hand.py MODEL
+python examples/04_passes_by_hand.py MODEL
 """
 
 from __future__ import annotations
