@@ -69,7 +69,8 @@ class TensorCoreKnobs:
         planes = self.z_buffers * self.chunk_blocks * self.tokens * 512
         ring = self.warps * self.ring * self.row_blocks * 512
         sums = -(-self.tokens * (self.block_rows * 16 + 8) * 4 // 16) * 16
-        return planes + ring + sums + -(-self.z_buffers // 2) * 16 + self.pad_bytes
+        totals = 2 * -(-self.tokens // 4) * 16
+        return planes + ring + sums + totals + -(-self.z_buffers // 2) * 16 + self.pad_bytes
 
     def describe(self) -> tuple[str, ...]:
         """One text "name=value" per knob."""
@@ -96,7 +97,7 @@ class LiftKnobs:
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block."""
         factors = (self.most_left + self.most_right + self.threads) * self.rows * 4
-        return factors + self.tokens * self.results * 4 + -(-self.tokens * 4 // 16) * 16
+        return factors + self.tokens * self.results * 4 + 2 * -(-self.tokens * 4 // 16) * 16
 
     def describe(self) -> tuple[str, ...]:
         """One text "name=value" per knob."""

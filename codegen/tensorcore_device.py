@@ -87,6 +87,15 @@ __device__ __forceinline__ int liftc_store_planes(unsigned a, unsigned b, unsign
 """
 """Eight values of z become bytes of the two planes (low plane 64 bytes after the high one); returns their sum."""
 
+LOAD_WORD = r"""
+__device__ __forceinline__ int liftc_load_word(const void* at) {
+  int value;
+  asm volatile("ld.global.cg.s32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");
+  return value;
+}
+"""
+"""A word that the kernel before wrote, from L2."""
+
 WARP_ADD = r"""
 __device__ __forceinline__ void liftc_warp_add(void* total, int value, int lane) {
   const int sum = __reduce_add_sync(0xffffffffu, value);
@@ -170,12 +179,8 @@ STORE_Y = r"""
 #include <cuda_fp16.h>
 #include <cuda_bf16.h>
 __device__ __forceinline__ void liftc_store_y(void* y, long long at, int kind, int set,
-                                              const void* total, const void* z_scale, float scale) {
-  float token_scale;
-  int all;
-  asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(token_scale) : "l"(z_scale));
-  asm volatile("ld.global.cg.s32 %0, [%1];" : "=r"(all) : "l"(total));
-  const int sum = static_cast<int>(2u * static_cast<unsigned>(set) - static_cast<unsigned>(all));
+                                              int total, float token_scale, float scale) {
+  const int sum = static_cast<int>(2u * static_cast<unsigned>(set) - static_cast<unsigned>(total));
   const float value = __fmul_rn(__fmul_rn(__int2float_rn(sum), token_scale), scale);
   if (kind == 0) static_cast<float*>(y)[at] = value;
   else if (kind == 1) static_cast<__half*>(y)[at] = __float2half_rn(value);

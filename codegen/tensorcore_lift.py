@@ -22,7 +22,7 @@ def lift_planes(symbol: str, dtype: str, knobs: LiftKnobs) -> Any:
     """PrimFunc x -> planes, totals, z_scale; z as in liftc/reference.py up to the order of float32 sums.
 
     x `dtype` (m, IC), in_scale f32 (IC,) or (1,) for none, left f32 (t1, t1), right f32 (t2, C) -> planes int8
-    (KB, 4, COLS, 64), totals int32 (m,) the sums of z, z_scale f32 (m, 1). state int32 (16,): a counter and a
+    (KB, 4, COLS, 64), totals int32 (grid, m) what each block adds to the sums of z, z_scale f32 (m, 1). state int32 (16,): a counter and a
     generation, zero before the first launch and used by one launch at a time. found int32 (at least grid m,):
     scratch. grid: ceil(t1 / knobs.rows) x col_blocks blocks of knobs.rows rows and ceil(C / col_blocks) columns of
     T* x, all resident at once. Limits: t1 <= most_left, t2 <= most_right, m <= tokens, columns of a block <=
@@ -55,7 +55,7 @@ def lift_planes(symbol: str, dtype: str, knobs: LiftKnobs) -> Any:
         left = T.match_buffer(left_arg, (t1, t1), "float32", align=4)
         right = T.match_buffer(right_arg, (t2, C), "float32", align=4)
         planes = T.match_buffer(planes_arg, (KB, 4, COLS, 64), "int8", align=16)
-        totals = T.match_buffer(totals_arg, (m,), "int32", align=4)
+        totals = T.match_buffer(totals_arg, (grid, m), "int32", align=4)
         z_scale = T.match_buffer(z_scale_arg, (m, 1), "float32", align=4)
         state = T.match_buffer(state_arg, (16,), "int32", align=4)
         found = T.match_buffer(found_arg, (room,), "int32", align=4)
@@ -69,6 +69,7 @@ def lift_planes(symbol: str, dtype: str, knobs: LiftKnobs) -> Any:
         parts = pool.alloc((THREADS * R,), "float32", align=16)
         real = pool.alloc((knobs.tokens * knobs.results,), "float32", align=16)
         peaks = pool.alloc((knobs.tokens,), "int32", align=16)
+        sums = pool.alloc((knobs.tokens,), "int32", align=16)
         pool.commit(knobs.shared_bytes())
         acc = T.alloc_local((R,), "float32")
         xs = T.alloc_local((8,), "float32")
@@ -85,11 +86,10 @@ def lift_planes(symbol: str, dtype: str, knobs: LiftKnobs) -> Any:
                     rows_s[at] = left[i0 + at % R, at // R]
         if tx < knobs.tokens:
             peaks[tx] = 0
+            sums[tx] = 0
         if knobs.dependent_launch:
             T.cuda.func_call("liftc_dependent_launch", source_code=device.DEPENDENT_LAUNCH)
         T.cuda.cta_sync()
-        if bx == 0 and tx < m:
-            totals[tx] = 0
         slices: T.int32 = T.max(T.truncdiv(THREADS, t2), 1)
         depth: T.int32 = T.truncdiv(t1 + slices - 1, slices)
         cuts: T.int32 = T.truncdiv(THREADS, width)
@@ -197,12 +197,15 @@ def lift_planes(symbol: str, dtype: str, knobs: LiftKnobs) -> Any:
                     source_code=device.ROUND, return_type="int32",
                 )  # fmt: skip
             T.cuda.func_call(
-                "liftc_warp_add", totals.ptr_to([token]), total, tx % 32, source_code=device.WARP_ADD
+                "liftc_warp_add", sums.ptr_to([token]), total, tx % 32, source_code=device.WARP_ADD
             )
             if bx == 0 and tx == 0:
                 z_scale[token, 0] = T.cuda.func_call(
                     "liftc_scale", peaks[token], source_code=device.SCALE, return_type="float32"
                 )
+        T.cuda.cta_sync()
+        if tx < m:
+            totals[bx, tx] = sums[tx]
 
     if knobs.dependent_launch:
         function = function.with_attr("tirx.kernel_launch_params", ["tirx.use_programtic_dependent_launch"])
@@ -210,7 +213,7 @@ def lift_planes(symbol: str, dtype: str, knobs: LiftKnobs) -> Any:
 
 
 def split_z(symbol: str) -> Any:
-    """PrimFunc z int16 (m, K) -> planes int8 (KB, 4, COLS, 64), totals int32 (m,). One block per token.
+    """PrimFunc z int16 (m, K) -> planes int8 (KB, 4, COLS, 64), totals int32 (1, m). One block per token.
 
     z needs 16-byte alignment where K % 8 == 0. |z| <= 16383.
     """
@@ -224,7 +227,7 @@ def split_z(symbol: str) -> Any:
         COLS = T.int32()
         z = T.match_buffer(z_arg, (m, K), "int16", align=2)
         planes = T.match_buffer(planes_arg, (KB, 4, COLS, 64), "int8", align=16)
-        totals = T.match_buffer(totals_arg, (m,), "int32", align=4)
+        totals = T.match_buffer(totals_arg, (1, m), "int32", align=4)
         T.device_entry()
         token = T.cta_id([m])
         tx = T.thread_id([1024])
@@ -251,6 +254,6 @@ def split_z(symbol: str) -> Any:
         T.cuda.func_call("liftc_warp_add", total.ptr_to([0]), part, tx % 32, source_code=device.WARP_ADD)
         T.cuda.cta_sync()
         if tx == 0:
-            totals[token] = total[0]
+            totals[0, token] = total[0]
 
     return function

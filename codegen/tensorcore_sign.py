@@ -34,9 +34,10 @@ def sign_matmul_tiled(symbol: str, knobs: TensorCoreKnobs) -> Any:
     """PrimFunc y = cast((float32(B z) * z_scale) * output_scale), bit-identical to liftc/reference.py.
 
     tiles int32 (NB, KB, 32, 4) in the layout of codegen/tir_tiles.py, planes int8 (KB, 4, 2 knobs.tokens, 64) of
-    codegen/tensorcore_lift.py for at least m tokens, totals int32 (m,) the sums of z, z_scale f32 (m, 1),
-    output_scale f32 (OC,), y uint8 (bytes of m OC results,), then two integers: grid, the number of blocks, at
-    least ceil(NB / knobs.block_rows), and kind, 0 for float32, 1 for float16, 2 for bfloat16. 16 NB >= OC.
+    codegen/tensorcore_lift.py for at least m tokens, totals int32 (P, m) whose columns add up to the sums of z,
+    z_scale f32 (m, 1), output_scale f32 (OC,), y uint8 (bytes of m OC results,), then two integers: grid, the
+    number of blocks, at least ceil(NB / knobs.block_rows), and kind, 0 for float32, 1 for float16, 2 for bfloat16.
+    16 NB >= OC.
     """
     WARPS, RING, PAIR, SETS = knobs.warps, knobs.ring, knobs.row_blocks, knobs.sets
     COLS = 2 * knobs.tokens
@@ -60,10 +61,11 @@ def sign_matmul_tiled(symbol: str, knobs: TensorCoreKnobs) -> Any:
         KB = T.int32()
         OC = T.int32()
         m = T.int32()
+        P = T.int32()
         size = T.int32()
         tiles = T.match_buffer(tiles_arg, (NB, KB, 32, 4), "int32", align=16)
         planes = T.match_buffer(planes_arg, (KB, 4, COLS, 64), "int8", align=16)
-        totals = T.match_buffer(totals_arg, (m,), "int32", align=4)
+        totals = T.match_buffer(totals_arg, (P, m), "int32", align=4)
         z_scale = T.match_buffer(z_scale_arg, (m, 1), "float32", align=4)
         scale = T.match_buffer(scale_arg, (OC,), "float32", align=4)
         y = T.match_buffer(y_arg, (size,), "uint8", align=4)
@@ -75,6 +77,8 @@ def sign_matmul_tiled(symbol: str, knobs: TensorCoreKnobs) -> Any:
         ring = pool.alloc((WARPS * RING * SLOT // 4,), "uint32", align=16)
         sums = pool.alloc((knobs.tokens * SUMS,), "int32", align=16)
         ready = pool.alloc((BUFFERS,), "uint64", align=16)
+        total = pool.alloc((knobs.tokens,), "int32", align=16)
+        token_scale = pool.alloc((knobs.tokens,), "float32", align=16)
         pool.commit(SMEM)
         acc = T.alloc_local((PAIR * NT * SETS * 4,), "uint32")
         w = T.alloc_local((PAIR * 4,), "uint32")
@@ -156,6 +160,8 @@ def sign_matmul_tiled(symbol: str, knobs: TensorCoreKnobs) -> Any:
         for i in T.serial((knobs.tokens * SUMS + THREADS - 1) // THREADS):
             if i * THREADS + tx < knobs.tokens * SUMS:
                 sums[i * THREADS + tx] = 0
+        if tx < knobs.tokens:
+            total[tx] = 0
         if tx < BUFFERS:
             T.cuda.func_call(
                 "liftc_barrier_init", ready.ptr_to([tx]), THREADS, source_code=device.BARRIER_INIT
@@ -179,6 +185,25 @@ def sign_matmul_tiled(symbol: str, knobs: TensorCoreKnobs) -> Any:
 
         for c in T.serial(T.min(count, BUFFERS)):
             fetch(c, c)
+        for i in T.serial((m - warp + WARPS - 1) // WARPS):  # the sum of z and the scale, while z is on its way
+            which_token: T.int32 = i * WARPS + warp
+            part: T.int32 = 0
+            for q in T.serial((P - lane + 31) // 32):
+                part = part + T.cuda.func_call(
+                    "liftc_load_word", totals.ptr_to([q * 32 + lane, which_token]),
+                    source_code=device.LOAD_WORD, return_type="int32",
+                )  # fmt: skip
+            T.cuda.func_call(
+                "liftc_warp_add", total.ptr_to([which_token]), part, lane, source_code=device.WARP_ADD
+            )
+            if lane == 0:
+                token_scale[which_token] = T.reinterpret(
+                    "float32",
+                    T.cuda.func_call(
+                        "liftc_load_word", z_scale.ptr_to([which_token, 0]),
+                        source_code=device.LOAD_WORD, return_type="int32",
+                    ),
+                )  # fmt: skip
         for q in T.unroll(PAIR * NT * SETS * 4):
             acc[q] = T.uint32(0)
         for c in T.serial(count):
@@ -267,8 +292,7 @@ def sign_matmul_tiled(symbol: str, knobs: TensorCoreKnobs) -> Any:
                     T.cuda.func_call(
                         "liftc_store_y",
                         y.ptr_to([0]), T.Cast("int64", token) * OC + (row0 * 16 + row), kind,
-                        sums[token * SUMS + row], totals.ptr_to([token]), z_scale.ptr_to([token, 0]),
-                        scale[row0 * 16 + row],
+                        sums[token * SUMS + row], total[token], token_scale[token], scale[row0 * 16 + row],
                         source_code=device.STORE_Y,
                     )  # fmt: skip
 

@@ -37,7 +37,7 @@ class Planes:
     @property
     def tokens(self) -> int:
         """Number of tokens."""
-        return self.totals.numel()
+        return self.totals.shape[1]
 
 
 class BarrierStates:
@@ -90,12 +90,14 @@ class PlaneKernels:
         self._ones: dict[torch.device, Tensor] = {}
         self._room: dict[torch.device, tuple[int, int]] = {}
 
-    def empty(self, lead: torch.Size, tokens: int, columns: int, device: torch.device) -> Planes:
-        """Planes to be filled, with room for the columns of the product kernel that will read them."""
+    def empty(
+        self, lead: torch.Size, tokens: int, columns: int, device: torch.device, parts: int = 1
+    ) -> Planes:
+        """Planes to be filled by `parts` blocks, with room for the columns of the product kernel that reads them."""
         size = next(s for s in self._sizes if tokens <= s)
         shape = (-(-columns // GROUP_COLUMNS), 4, 2 * size, 64)
         data = torch.empty(shape, dtype=torch.int8, device=device)
-        return Planes(data, torch.empty(tokens, dtype=torch.int32, device=device), lead, columns)
+        return Planes(data, torch.empty(parts, tokens, dtype=torch.int32, device=device), lead, columns)
 
     def split(self, z: Tensor) -> Planes:
         """Planes of z int16 (tokens, K), 1 to most_tokens tokens."""
@@ -133,7 +135,7 @@ class PlaneKernels:
         if states is None:
             states = self._states[device] = BarrierStates(device)
             self._ones[device] = torch.ones(1, device=device)
-        planes = self.empty(x.shape[:-1], tokens, left.shape[0] * right.shape[1], device)
+        planes = self.empty(x.shape[:-1], tokens, left.shape[0] * right.shape[1], device, grid[0])
         z_scale = torch.empty(tokens, 1, dtype=torch.float32, device=device)
         found = torch.empty(grid[0] * tokens, dtype=torch.int32, device=device)
         scale = self._ones[device] if activation_scale is None else activation_scale.contiguous()

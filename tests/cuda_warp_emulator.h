@@ -158,6 +158,7 @@ inline void liftc_load_z(const void* row, int column, int columns, void* out) {
       if (warp::inside(at, 2)) std::memcpy(static_cast<int16_t*>(out) + i, at, 2);
     }
 }
+inline int liftc_load_word(const void* at) { return *static_cast<const int*>(at); }
 inline float liftc_load_x(const void* from, int) { return *static_cast<const float*>(from); }
 inline void liftc_publish(void* at, int value) { *static_cast<int*>(at) = value; }
 inline int liftc_published(const void* at) { return *static_cast<const int*>(at); }
@@ -170,7 +171,7 @@ inline void liftc_grid_sync(void* state, int blocks) {
   }
   while (count[1] == before) block::give_way();
 }
-inline void liftc_store_y(void* y, long long at, int, int set, const void* total, const void* z_scale, float scale) {
-  float sum = float(int(2u * uint32_t(set) - uint32_t(*static_cast<const int*>(total))));
-  static_cast<float*>(y)[at] = (sum * *static_cast<const float*>(z_scale)) * scale;
+inline void liftc_store_y(void* y, long long at, int, int set, int total, float token_scale, float scale) {
+  float sum = float(int(2u * uint32_t(set) - uint32_t(total)));
+  static_cast<float*>(y)[at] = (sum * token_scale) * scale;
 }

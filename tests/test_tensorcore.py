@@ -128,7 +128,7 @@ class Emulated:
         tokens, width = z.shape
         blocks = -(-width // 256)
         planes = torch.full((blocks, 4, columns, 64), 99, dtype=torch.int8)
-        totals = torch.full((tokens,), 99, dtype=torch.int32)
+        totals = torch.full((1, tokens), 99, dtype=torch.int32)
         self(
             "split_z", tokens, 1024, (z, z), z=z, planes=planes, totals=totals, m=tokens, K=width, KB=blocks,
             COLS=columns,
@@ -160,12 +160,16 @@ def test_sign_matmul_is_bit_identical(
     tiles = tile_layout(packed)[: -(-rows // 16)].contiguous()
     knobs = KNOBS[name]
     planes, totals = emulated.split_z(z, 2 * knobs.tokens)
-    assert torch.equal(z_of(planes, tokens, columns), z) and torch.equal(totals, z.sum(1, dtype=torch.int32))
+    assert torch.equal(z_of(planes, tokens, columns), z) and torch.equal(totals[0], z.sum(1, dtype=torch.int32))
+    if grid > 1:  # a lift hands over one row of parts for each of its blocks
+        extra = torch.randint(-(2**31), 2**31, (33, tokens), generator=g).to(torch.int32)
+        totals = torch.cat([totals - extra.sum(0, dtype=torch.int32), extra])
     y = torch.full((tokens + 1, rows), 7.0)  # one row more, which must stay as it is
     emulated(
         f"sign_matmul_tiled_{name}_{knobs.tokens}", grid, knobs.warps * 32, (tiles, planes),
         tiles=tiles, planes=planes, totals=totals, z_scale=z_scale, scale=scale, y=y, NB=tiles.shape[0],
         KB=tiles.shape[1], OC=rows, m=tokens, grid=grid, kind=0,
+        P=totals.shape[0],
     )  # fmt: skip
     assert torch.equal(y[:-1], reference.sign_matmul(z, z_scale, packed, scale, torch.float32))
     assert (y[-1] == 7.0).all()
@@ -195,7 +199,8 @@ def test_lift_planes_is_within_one_step(
     found = torch.full((tokens * row_blocks * col_blocks,), 99, dtype=torch.int32)
     for _ in range(2):  # the state is ready for the next launch
         planes = torch.full((blocks, 4, 8, 64), 99, dtype=torch.int8)
-        totals, z_scale = torch.full((tokens,), 99, dtype=torch.int32), torch.full((tokens, 1), 99.0)
+        totals = torch.full((row_blocks * col_blocks, tokens), 99, dtype=torch.int32)
+        z_scale = torch.full((tokens, 1), 99.0)
         emulated(
             "lift_planes", row_blocks * col_blocks, LIFT.threads, (x, x), x=x, in_scale=in_scale, left=left,
             right=right, planes=planes, totals=totals, z_scale=z_scale, state=state, grid=row_blocks * col_blocks,
@@ -206,7 +211,7 @@ def test_lift_planes_is_within_one_step(
         want, want_scale = reference.lift(x, in_scale if scaled else None, left, right)
         assert int((z.int() - want.int()).abs().max()) <= 1 and not z[1].any()
         assert int(z[0].abs().max()) == Z_MAX == int(z[2].abs().max())
-        assert torch.equal(totals, z.sum(1, dtype=torch.int32))
+        assert torch.equal(totals.sum(0, dtype=torch.int32), z.sum(1, dtype=torch.int32))
         torch.testing.assert_close(z_scale, want_scale, rtol=1e-5, atol=0)
         x[0, -1], x[2, 0] = 0.25, -3.0
 
