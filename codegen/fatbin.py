@@ -2,7 +2,7 @@
 
 A CUDA host object holds containers (magic 0xBA55ED50) of entries; an entry is PTX text (kind 1) or machine
 code, an ELF file (kind 2), with its sm number and flags. Observed with nvcc 13.0 and 13.x; the check in
-codegen/build.py fails, never passes, when a later nvcc changes the form.
+codegen/build_cuda.py fails, never passes, when a later nvcc changes the form.
 """
 
 from __future__ import annotations

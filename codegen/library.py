@@ -7,7 +7,7 @@ leaves the rest to the entries after it. One entry of every op and dtype must ha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -46,6 +46,25 @@ class Unit:
     templates: tuple[KernelTemplate, ...]
     tirx: bool
     knobs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TunedTemplate:
+    """A tensor-core template whose knobs are chosen per family of chips, by table or by records.
+
+    knobs: dataclass of the choices, with `tokens`, `shared_bytes()` and `describe()`. choices(): family -> the
+    knobs in use, fewest tokens first, none where the family lacks the instructions. make(name, archs, choices):
+    its kernels, symbols with `name` in them.
+    """
+
+    op: str
+    knobs: type[Any]
+    choices: Callable[[], Mapping[str, tuple[Any, ...]]]
+    make: Callable[[str, tuple[str, ...], tuple[Any, ...]], Iterator[KernelTemplate]]
+
+
+Chosen = Mapping[tuple[str, str], tuple[Any, ...]]
+"""(family, op) -> knobs of a TunedTemplate that take the place of its choices for the family."""
 
 
 def cpu_templates(knobs: CpuKnobs) -> Iterator[KernelTemplate]:
@@ -111,15 +130,13 @@ def tensor_core_templates(
         symbol = f"sign_matmul_tiled_{name}_{knobs.tokens}"
         function = KernelFunction(
             symbol, "sign_matmul_tiled", "", max_tokens=knobs.tokens, shared_bytes=knobs.shared_bytes(),
-            archs=",".join(archs), block_rows=knobs.block_rows,
+            archs=",".join(archs), block_rows=knobs.block_rows, knobs=" ".join(knobs.describe()),
         )  # fmt: skip
         yield KernelTemplate(function, partial(tensorcore_sign.sign_matmul_tiled, symbol, knobs))
 
 
-def operand_templates(
-    name: str, archs: tuple[str, ...], choices: tuple[LiftKnobs, ...]
-) -> Iterator[KernelTemplate]:
-    """The kernels that make the operands of the tensor-core sign_matmul, for one family of chips; imports TVM."""
+def fixed_templates(name: str, archs: tuple[str, ...]) -> Iterator[KernelTemplate]:
+    """Kernels without choices that belong to the tensor-core ones of a family; imports TVM."""
     from liftc.codegen import tensorcore_lift, tir_measure
 
     symbol = f"read_ceiling_{name}"
@@ -132,29 +149,45 @@ def operand_templates(
     yield KernelTemplate(
         KernelFunction(symbol, "split_z", "i16", archs=members), partial(tensorcore_lift.split_z, symbol)
     )
+
+
+def lift_templates(
+    name: str, archs: tuple[str, ...], choices: tuple[LiftKnobs, ...]
+) -> Iterator[KernelTemplate]:
+    """The lift in one launch for one family of chips, fewest tokens first; imports TVM."""
+    from liftc.codegen import tensorcore_lift
+
+    members = ",".join(archs)
     for knobs in choices:
         for short, dtype in TIR_DTYPES.items():
             symbol = f"lift_planes_{name}_{short}_{knobs.tokens}"
             function = KernelFunction(
                 symbol, "lift_planes", short, max_tokens=knobs.tokens, shared_bytes=knobs.shared_bytes(),
                 archs=members, block_rows=knobs.rows, block_results=knobs.results, most_left=knobs.most_left,
-                most_right=knobs.most_right,
+                most_right=knobs.most_right, knobs=" ".join(knobs.describe()),
             )  # fmt: skip
             yield KernelTemplate(function, partial(tensorcore_lift.lift_planes, symbol, dtype, knobs))
 
 
-def cuda_units(archs: tuple[str, ...], knobs: CudaKnobs) -> tuple[Unit, ...]:
+TUNED_TEMPLATES: tuple[TunedTemplate, ...] = (
+    TunedTemplate("sign_matmul_tiled", TensorCoreKnobs, lambda: TENSOR_CORE_KNOBS, tensor_core_templates),
+    TunedTemplate("lift_planes", LiftKnobs, lambda: LIFT_KNOBS, lift_templates),
+)
+"""Every template whose knobs depend on the family of chips, in the order the runtime prefers them."""
+
+
+def cuda_units(archs: tuple[str, ...], knobs: CudaKnobs, chosen: Chosen | None = None) -> tuple[Unit, ...]:
     """Every source of an object for these architectures (rising order); imports TVM."""
     units = [Unit("plain", archs, tuple(cuda_templates(knobs)), False)]
     families: dict[str, list[str]] = {}
     for arch in archs:
         families.setdefault(chip_family(arch), []).append(arch)
-    for family, members in families.items():
-        templates = (
-            *tensor_core_templates(family, tuple(members), TENSOR_CORE_KNOBS[family]),
-            *operand_templates(family, tuple(members), LIFT_KNOBS[family]),
-        )
-        chosen: list[TensorCoreKnobs | LiftKnobs] = [*TENSOR_CORE_KNOBS[family], *LIFT_KNOBS[family]]
-        texts = tuple(f"{family}: {' '.join(choice.describe())}" for choice in chosen)
-        units.append(Unit(family, tuple(members), templates, True, texts))
+    for family, names in families.items():
+        members, texts = tuple(names), []
+        templates = list(fixed_templates(family, members))
+        for tuned in TUNED_TEMPLATES:
+            choices = (chosen or {}).get((family, tuned.op)) or tuned.choices().get(family, ())
+            templates += tuned.make(family, members, choices)
+            texts += [f"{family} {tuned.op}: {' '.join(choice.describe())}" for choice in choices]
+        units.append(Unit(family, members, tuple(templates), True, tuple(texts)))
     return tuple(units)

@@ -25,8 +25,10 @@ CPU_FEATURES: dict[str, tuple[str, ...]] = {
 }
 """CPU flags (names of /proc/cpuinfo) that each psABI level adds to the one before it."""
 
-_LATER_FIELDS = ("shared_bytes", "archs", "block_rows", "block_results", "most_left", "most_right")
-"""Fields that descriptors of older builds lack."""
+_LATER_FIELDS = (
+    "shared_bytes", "archs", "block_rows", "block_results", "most_left", "most_right", "knobs"
+)  # fmt: skip
+"""Fields of functions that descriptors of older builds lack."""
 
 _ARCH = re.compile(r"sm_\d{2,3}a?")
 
@@ -42,6 +44,7 @@ class KernelFunction:
     CUDA: `shared_bytes` is the shared memory its launch asks for, `archs` the architectures it is compiled for,
     separated by commas ("": all of the object), `block_rows` the row blocks (a lift: rows) one thread block takes at
     most; a lift takes factors of at most `most_left` and `most_right` and `block_results` values per block and token.
+    `knobs` are the choices it was made with, "name=value" separated by blanks ("": it has none).
     """
 
     symbol: str
@@ -58,6 +61,7 @@ class KernelFunction:
     block_results: int = 0
     most_left: int = 0
     most_right: int = 0
+    knobs: str = ""
 
     def accepts(self, tokens: int, out_features: int, lifted_features: int) -> bool:
         """Whether this function computes a call of these sizes."""
@@ -70,10 +74,24 @@ class KernelFunction:
 
 
 @dataclass(frozen=True)
+class KernelResources:
+    """What the assembler gave a kernel on one architecture: registers per thread, bytes spilled to memory per
+    thread (stores and loads), bytes of shared memory beside those of its launch (KernelFunction.shared_bytes).
+    """
+
+    symbol: str
+    arch: str
+    registers: int
+    spill_bytes: int
+    static_shared: int
+
+
+@dataclass(frozen=True)
 class KernelObject:
     """A shared object of kernels. target "llvm": `archs` is one CPU level and `features` the CPU flags it
     needs; target "cuda": `archs` are the sm_XX with machine code and `ptx` the compute_XX kept for newer
-    chips ("" for none). `sha256` is of the file; `knobs` are the schedule choices it was built with.
+    chips ("" for none). `sha256` is of the file; `knobs` are the schedule choices it was built with; `resources`
+    has one entry per kernel and architecture (CUDA only).
     """
 
     path: Path
@@ -86,6 +104,7 @@ class KernelObject:
     knobs: tuple[str, ...]
     functions: tuple[KernelFunction, ...]
     sha256: str
+    resources: tuple[KernelResources, ...] = ()
 
     @property
     def descriptor(self) -> Path:
@@ -149,6 +168,7 @@ def _from_record(record: Any, path: Path) -> KernelObject:
         raise ValueError("not an object")
     if record.get("schema") != SCHEMA_VERSION:
         raise ValueError(f"schema {record.get('schema')!r}, this liftc reads {SCHEMA_VERSION}")
+    record = {"resources": []} | record
     values = _exactly(record, {f.name for f in fields(KernelObject)} | {"schema"})
     del values["schema"]
     for name in ("path", "target", "ptx", "toolchain", "sha256"):
@@ -165,6 +185,9 @@ def _from_record(record: Any, path: Path) -> KernelObject:
     if not isinstance(values["functions"], list):
         raise ValueError("functions is not a list")
     values["functions"] = tuple(_function(f) for f in values["functions"])
+    if not isinstance(values["resources"], list):
+        raise ValueError("resources is not a list")
+    values["resources"] = tuple(_resources(r) for r in values["resources"])
     result = replace(KernelObject(**values), path=path)
     if result.target not in TARGETS or not result.archs:
         raise ValueError(f"target {result.target!r} with architectures {list(result.archs)}")
@@ -179,9 +202,17 @@ def _function(record: Any) -> KernelFunction:
         record = {f.name: f.default for f in fields(KernelFunction) if f.name in _LATER_FIELDS} | record
     values = _exactly(record, {f.name for f in fields(KernelFunction)})
     for name, value in values.items():
-        if type(value) is not (str if name in ("symbol", "op", "dtype", "archs") else int):
+        if type(value) is not (str if name in ("symbol", "op", "dtype", "archs", "knobs") else int):
             raise ValueError(f"{name} of a function is {value!r}")
     return KernelFunction(**values)
+
+
+def _resources(record: Any) -> KernelResources:
+    values = _exactly(record, {f.name for f in fields(KernelResources)})
+    for name, value in values.items():
+        if type(value) is not (str if name in ("symbol", "arch") else int):
+            raise ValueError(f"{name} of a kernel's resources is {value!r}")
+    return KernelResources(**values)
 
 
 def _exactly(record: Any, names: set[str]) -> dict[str, Any]:

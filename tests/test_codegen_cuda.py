@@ -20,7 +20,7 @@ from liftc.spec import Z_MAX, transform_shape
 
 pytest.importorskip("tvm", reason="kernels are built with TVM")
 from liftc.codegen import library, toolchain
-from liftc.codegen.build import cuda_source
+from liftc.codegen.build_cuda import cuda_source
 from liftc.codegen.knobs import CudaKnobs
 
 KERNEL = re.compile(r'extern "C" __global__ void __launch_bounds__\(\d+\) (\w+)\(([^)]*)\) \{')

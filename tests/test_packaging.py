@@ -76,14 +76,14 @@ def test_import_is_light() -> None:
 
 
 def test_environment_is_read_in_one_place() -> None:
-    """codegen/build.py sets a variable for TVM while it builds; nothing else touches the environment."""
+    """codegen/build_cuda.py sets a variable for TVM while it builds; nothing else touches the environment."""
     users = {
         path.relative_to(ROOT).as_posix()
         for room in ("liftc", *ROOMS)
         for path in sources(room)
         if "os.environ" in path.read_text(encoding="utf-8")
     }
-    assert users == {"liftc/env.py", "codegen/build.py"}
+    assert users == {"liftc/env.py", "codegen/build_cuda.py"}
 
 
 def test_no_file_called_utils() -> None:
