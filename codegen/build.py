@@ -42,6 +42,7 @@ def build(
     if knobs is not None and not isinstance(knobs, CpuKnobs if target == "llvm" else CudaKnobs):
         raise BuildError(f"target {target} does not take {type(knobs).__name__}")
     folder = out / "kernels"
+    folder.mkdir(parents=True, exist_ok=True)
     if target == "llvm":
         level = _cpu_level(archs or (cpu,))
         cpu_knobs = knobs if isinstance(knobs, CpuKnobs) else CPU_KNOBS[level]
