@@ -41,3 +41,7 @@ class ArtifactError(LiftcError):
 
 class TargetError(LiftcError):
     """An artifact that holds no code for the device it is loaded on."""
+
+
+class RecordError(LiftcError):
+    """Records of kernel measurements that cannot be read or written, or a bundle of candidates that is damaged."""

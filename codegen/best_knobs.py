@@ -1,0 +1,192 @@
+"""Which knobs to build with, derived from records every time and never stored.
+
+Of the records of one op, kernel version and architecture, a candidate counts that was never wrong, failed or refused.
+Candidates are compared by the geometric mean of time / least time over the shapes asked for; a shape
+that nobody measured is stood in for by the nearest measured one. Timings of chains made of these shapes count
+as much as the shapes in them: launches that overlap show in chains only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from liftc.codegen import library
+from liftc.codegen.knobs import CPU_KNOBS, CpuKnobs, chip_family
+from liftc.format import LiftFormat
+from liftc.kernel_records import Record, chain_shapes
+
+Item = tuple[str, int, int, int, str]
+"""What a timing is of: format, out_features, in_features, batch, chain."""
+
+
+@dataclass(frozen=True)
+class ShapeRequest:
+    """A linear to be compiled, after row-group fusion."""
+
+    format: LiftFormat
+    out_features: int
+    in_features: int
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The best knobs, how many candidates were compared, and how many of the shapes asked for were measured."""
+
+    knobs: Any
+    candidates: int
+    shapes: int
+    measured: int
+    arch: str
+
+    def describe(self) -> str:
+        """Where the choice comes from, in words."""
+        if self.measured == self.shapes:
+            where = "these shapes"
+        else:
+            where = f"{self.measured} of {self.shapes} shapes, the nearest measured ones for the rest"
+        return f"best of {self.candidates} on {self.arch}, {where}"
+
+
+def knobs_to_json(knobs: Any) -> dict[str, Any]:
+    """Knobs as plain data of a record: tuples become lists."""
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(knobs).items()}
+
+
+def knobs_from_json(kind: type[Any], values: Mapping[str, Any]) -> Any | None:
+    """The knobs of a record, or None where they are not those that `kind` has today."""
+    usual = {f.name: f.default for f in fields(kind)}
+    made = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    if set(made) != set(usual) or any(type(made[name]) is not type(usual[name]) for name in usual):
+        return None
+    return kind(**made)
+
+
+def best_knobs(
+    records: Iterable[Record],
+    op: str,
+    kind: type[Any],
+    arch: str,
+    requests: Sequence[ShapeRequest],
+    tokens: tuple[int, int] | None,
+) -> Choice | None:
+    """The best knobs of `kind` for an op on an architecture, or None where nothing of use was measured.
+
+    tokens: (least, most) batch of the kernel, whose knobs then have tokens = most; None for any batch.
+    """
+    times = _times(records, op, kind, arch, tokens)
+    requests = list(dict.fromkeys(_asked(op, r) for r in requests))
+    measured = {item for found in times.values() for item in found if not item[4]}
+    if not requests or not measured:
+        return None
+    weights: dict[Item, int] = {}
+    exact = 0
+    for request in requests:
+        near = _nearest(request, measured)
+        exact += (str(request.format), request.out_features, request.in_features) == near[0][:3]
+        weights.update(dict.fromkeys(near, 1))
+    kept = {(i[0], i[1], i[2]) for i in weights}
+    for item in {i for found in times.values() for i in found if i[4]}:
+        shapes = [_of_op(op, shape) for shape in chain_shapes(item[4])]
+        if all((item[0], *shape) in kept for shape in shapes):
+            weights[item] = len(shapes)
+    least = {i: min(found[i] for found in times.values() if i in found) for i in weights}
+    most = max(len(weights.keys() & found.keys()) for found in times.values())
+
+    def score(found: Mapping[Item, float]) -> float:
+        items = [i for i in weights if i in found]
+        return sum(weights[i] * math.log(found[i] / least[i]) for i in items) / sum(weights[i] for i in items)
+
+    full = {knobs: found for knobs, found in times.items() if len(weights.keys() & found.keys()) == most}
+    winner = min(full, key=lambda knobs: (score(full[knobs]), str(knobs)))
+    return Choice(winner, len(full), len(requests), exact, arch)
+
+
+def cuda_choices(
+    records: Sequence[Record], archs: Sequence[str], requests: Sequence[ShapeRequest]
+) -> tuple[library.Chosen, tuple[str, ...]]:
+    """Knobs for the tensor-core kernels of an object, and one sentence per family and template on their origin."""
+    chosen: dict[tuple[str, str], tuple[Any, ...]] = {}
+    said = []
+    families: dict[str, list[str]] = {}
+    for arch in archs:
+        families.setdefault(chip_family(arch), []).append(arch)
+    for family, members in families.items():
+        for tuned in library.TUNED_TEMPLATES:
+            usual = tuned.choices().get(family, ())
+            picked, below = [], 0
+            for default in usual:
+                span = (below + 1, default.tokens)
+                below = default.tokens
+                found = (best_knobs(records, tuned.op, tuned.knobs, arch, requests, span) for arch in members)
+                choice = next((c for c in found if c is not None), None)
+                picked.append(default if choice is None else choice.knobs)
+                origin = f"the defaults of {family}" if choice is None else choice.describe()
+                said.append(f"{family} {tuned.op} up to batch {default.tokens}: {origin}")
+            if usual:
+                chosen[family, tuned.op] = tuple(picked)
+    return chosen, tuple(said)
+
+
+def cpu_choice(
+    records: Sequence[Record], level: str, requests: Sequence[ShapeRequest]
+) -> tuple[CpuKnobs, tuple[str, ...]]:
+    """Knobs of a CPU level: those of sign_matmul and those of lift come from records of their own."""
+    knobs, said = CPU_KNOBS[level], []
+    for op, names in (("sign_matmul", ("token_tiles", "pair_lanes", "row_lanes")),
+                      ("lift", ("lift_rows", "lift_lanes"))):  # fmt: skip
+        choice = best_knobs(records, op, CpuKnobs, level, requests, None)
+        if choice is not None:
+            knobs = replace(knobs, **{name: getattr(choice.knobs, name) for name in names})
+        said.append(f"{level} {op}: {f'the defaults of {level}' if choice is None else choice.describe()}")
+    return knobs, tuple(said)
+
+
+def _times(
+    records: Iterable[Record], op: str, kind: type[Any], arch: str, tokens: tuple[int, int] | None
+) -> dict[Any, dict[Item, float]]:
+    """knobs -> item -> least microseconds measured, of candidates that never misbehaved."""
+    times: dict[Any, dict[Item, float]] = {}
+    dropped = set()
+    for r in records:
+        if (
+            r.kernel != op
+            or r.kernel_version != library.KERNEL_VERSION
+            or r.arch.rstrip("a") != arch.rstrip("a")
+        ):
+            continue
+        knobs = knobs_from_json(kind, r.knobs)
+        if knobs is None or (tokens and knobs.tokens != tokens[1]):
+            continue
+        if r.status != "ok":
+            dropped.add(knobs)
+        elif r.microseconds and (tokens is None or tokens[0] <= r.batch <= tokens[1]):
+            item = (r.format, r.out_features, r.in_features, r.batch, r.chain)
+            found = times.setdefault(knobs, {})
+            found[item] = min(found.get(item, math.inf), r.microseconds)
+    return {knobs: found for knobs, found in times.items() if knobs not in dropped}
+
+
+def _asked(op: str, request: ShapeRequest) -> ShapeRequest:
+    return ShapeRequest(request.format, *_of_op(op, (request.out_features, request.in_features)))
+
+
+def _of_op(op: str, shape: tuple[int, int]) -> tuple[int, int]:
+    """A lift does not depend on the rows."""
+    return (0, shape[1]) if op.startswith("lift") else shape
+
+
+def _nearest(request: ShapeRequest, measured: Iterable[Item]) -> list[Item]:
+    """Items, one per batch, of the measured shape nearest in rows, columns and bits."""
+
+    def distance(item: Item) -> tuple[float, str, int, int]:
+        bits = float(LiftFormat.parse(item[0]).bit_width) / float(request.format.bit_width)
+        rows = (item[1] or 1) / (request.out_features or 1)
+        apart = sum(abs(math.log(x)) for x in (rows, item[2] / request.in_features, bits))
+        other = item[0] != str(request.format)
+        return (apart + 1e-9 * other, *item[:3])
+
+    best = min(measured, key=distance)
+    return sorted(item for item in measured if item[:3] == best[:3])
