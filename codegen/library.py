@@ -113,10 +113,23 @@ def tile_templates() -> Iterator[KernelTemplate]:
     yield KernelTemplate(
         KernelFunction("tile_signs", "tile_signs", "i32"), partial(tir_tiles.tile_signs, "tile_signs")
     )
+
+
+def decode_templates() -> Iterator[KernelTemplate]:
+    """Kernels that turn tiles into numbers, for every architecture; imports TVM."""
+    from liftc.codegen import tensorcore_decode, tir_tiles
+
     for short, dtype in TIR_DTYPES.items():
+        symbol = f"decode_tiles_{short}"
+        function = KernelFunction(
+            symbol, "decode_tiles", short, shared_bytes=tensorcore_decode.SHARED_BYTES,
+            block_results=tensorcore_decode.MOST_FRAGMENTS,
+        )  # fmt: skip
+        yield KernelTemplate(function, partial(tensorcore_decode.decode_tiles, symbol, dtype, short))
         symbol = f"unpack_tiles_{short}"
         yield KernelTemplate(
-            KernelFunction(symbol, "unpack_tiles", short), partial(tir_tiles.unpack_tiles, symbol, dtype)
+            KernelFunction(symbol, "unpack_tiles", short),
+            partial(tir_tiles.unpack_tiles, symbol, dtype, short),
         )
 
 
@@ -178,7 +191,10 @@ TUNED_TEMPLATES: tuple[TunedTemplate, ...] = (
 
 def cuda_units(archs: tuple[str, ...], knobs: CudaKnobs, chosen: Chosen | None = None) -> tuple[Unit, ...]:
     """Every source of an object for these architectures (rising order); imports TVM."""
-    units = [Unit("plain", archs, tuple(cuda_templates(knobs)), False)]
+    units = [
+        Unit("plain", archs, tuple(cuda_templates(knobs)), False),
+        Unit("decode", archs, tuple(decode_templates()), True),
+    ]
     families: dict[str, list[str]] = {}
     for arch in archs:
         families.setdefault(chip_family(arch), []).append(arch)

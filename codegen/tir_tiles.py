@@ -17,6 +17,8 @@ from typing import Any
 from tvm import s_tir
 from tvm.script import tirx as T
 
+from liftc.codegen import tile_device
+
 
 def tile_signs(symbol: str) -> Any:
     """PrimFunc packed int32 (G, K) -> tiles int32 (NB, KB, 32, 4). One thread per word of a tile."""
@@ -62,39 +64,45 @@ def tile_signs(symbol: str) -> Any:
     return sch.mod[sch.mod.get_global_vars()[0]]
 
 
-def unpack_tiles(symbol: str, dtype: str) -> Any:
-    """PrimFunc tiles int32 (NB, KB, 32, 4) -> out `dtype` (OC, K) of -1 and +1. A thread writes eight columns."""
+def unpack_tiles(symbol: str, dtype: str, short: str) -> Any:
+    """PrimFunc tiles int32 (NB, KB, 32, 4) -> out `dtype` (OC, K) of -1 and +1, and the number of blocks.
 
-    @T.prim_func(s_tir=True)
-    def function(tiles_arg: T.handle, out_arg: T.handle) -> None:
+    A warp takes a tile at a time; a lane writes eight neighbouring columns of each of its rows.
+    """
+
+    @T.prim_func
+    def function(tiles_arg: T.handle, out_arg: T.handle, grid: T.int32) -> None:
         T.func_attr({"tirx.noalias": True, "global_symbol": symbol})
         NB = T.int32()
         KB = T.int32()
         OC = T.int32()
         K = T.int32()
         tiles = T.match_buffer(tiles_arg, (NB, KB, 32, 4), "int32", align=16)
-        out = T.match_buffer(out_arg, (OC, K), dtype, align=2)
-        for rb, row, kb, lane, e in T.grid(NB, 16, KB, 32, 8):
-            with T.sblock("unpack"):
-                vb, vr, vk, vl, ve = T.axis.remap("SSSSS", [rb, row, kb, lane, e])
-                if vb * 16 + vr < OC and vk * 256 + vl * 8 + ve < K:
-                    out[vb * 16 + vr, vk * 256 + vl * 8 + ve] = T.Select(
-                        (
-                            T.shift_right(
-                                tiles[vb, vk, vr % 8 * 4 + vl // 2 % 4, ve // 4 * 2 + vr // 8],
-                                ve % 4 * 8 + vl // 8 * 2 + vl % 2,
-                            )
-                            & 1
-                        )
-                        != 0,
-                        T.Cast(dtype, T.float32(1)),
-                        T.Cast(dtype, T.float32(-1)),
-                    )
+        out = T.match_buffer(out_arg, (OC, K), dtype, align=16)
+        T.device_entry()
+        bx = T.cta_id([grid])
+        tx = T.thread_id([256])
+        v = T.alloc_local((4,), "uint32")
+        lane: T.let[T.int32] = tx % 32
+        item: T.int32 = bx * 8 + tx // 32
+        while item < NB * KB:
+            rb: T.int32 = T.truncdiv(item, KB)
+            kb: T.int32 = item - rb * KB
+            for r in T.unroll(8):
+                T.cuda.func_call(
+                    "liftc_load_tile", tiles.ptr_to([rb, kb, r * 4 + lane // 2 % 4, 0]), v.ptr_to([0]),
+                    source_code=tile_device.LOAD_TILE,
+                )  # fmt: skip
+                for s in T.unroll(2):
+                    if rb * 16 + s * 8 + r < OC:
+                        T.cuda.func_call(
+                            f"liftc_unpack_eight_{short}",
+                            out.ptr_to([0, 0]),
+                            T.Cast("int64", rb * 16 + s * 8 + r) * K + (kb * 256 + lane * 8),
+                            K - kb * 256 - lane * 8, T.Select(K % 8 == 0, 1, 0), v[s], v[2 + s],
+                            lane // 8 * 2 + lane % 2,
+                            source_code=tile_device.UNPACK_EIGHT[short],
+                        )  # fmt: skip
+            item = item + grid * 8
 
-    sch = s_tir.Schedule(function)
-    rb, row, kb, lane, e = sch.get_loops(sch.get_sblock("unpack"))
-    sch.reorder(rb, kb, row, lane, e)
-    for loop, axis in ((rb, "blockIdx.y"), (kb, "blockIdx.x"), (row, "threadIdx.y"), (lane, "threadIdx.x")):
-        sch.bind(loop, axis)
-    sch.unroll(e)
-    return sch.mod[sch.mod.get_global_vars()[0]]
+    return function

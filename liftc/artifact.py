@@ -22,7 +22,9 @@ from safetensors.torch import save_file
 from liftc.errors import ArtifactError
 from liftc.kernel_object import file_sha256
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""2: lifted_linear takes the factors of its transform one by one."""
+
 MANIFEST = "manifest.json"
 MANIFEST_KEYS = {
     "format_version", "liftc", "kind", "files", "run", "targets", "command", "options", "versions", "source",
@@ -169,7 +171,8 @@ def read_manifest(folder: Path, *, check: bool = True) -> dict[str, Any]:
     manifest = read_json(folder / MANIFEST)
     if manifest.get("format_version") != FORMAT_VERSION:
         raise ArtifactError(
-            f"{folder} has artifact format {manifest.get('format_version')!r}, this liftc reads {FORMAT_VERSION}"
+            f"{folder} has artifact format {manifest.get('format_version')!r} and this liftc reads {FORMAT_VERSION}: "
+            "compile the model again with this liftc, or load it with the one that wrote it"
         )
     unknown = sorted(set(manifest) - MANIFEST_KEYS)
     if unknown or not isinstance(manifest.get("files"), dict):

@@ -5,8 +5,8 @@ Importing this module defines the `liftc::` namespace. Without a registered kern
 
     z, z_scale = liftc.lift(x, activation_scale, left, right)
     y = liftc.sign_matmul(z, z_scale, packed, output_scale, dtype)
-    y = liftc.lifted_linear(x, activation_scale, left, right, packed, output_scale)   # weight-first order
-    right = liftc.decode_right(right_inverse, mapping_matrix)                         # folded at load
+    y = liftc.lifted_linear(x, activation_scale, left, right_inverse, mapping_matrix, packed, output_scale)
+    right = liftc.decode_right(right_inverse, mapping_matrix)    # folded at load; lifted_linear: weight first
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ SCHEMAS = {
     "lift": "(Tensor x, Tensor? activation_scale, Tensor left, Tensor right) -> (Tensor z, Tensor z_scale)",
     "sign_matmul": "(Tensor z, Tensor z_scale, Tensor packed, Tensor output_scale, ScalarType dtype) -> Tensor",
     "lifted_linear": (
-        "(Tensor x, Tensor? activation_scale, Tensor left, Tensor right, Tensor packed, Tensor output_scale)"
-        " -> Tensor"
+        "(Tensor x, Tensor? activation_scale, Tensor left, Tensor right_inverse, Tensor mapping_matrix, "
+        "Tensor packed, Tensor output_scale) -> Tensor"
     ),
     "decode_right": "(Tensor right_inverse, Tensor mapping_matrix) -> Tensor",
 }
@@ -80,7 +80,8 @@ def _fake_lifted_linear(
     x: torch.Tensor,
     activation_scale: torch.Tensor | None,
     left: torch.Tensor,
-    right: torch.Tensor,
+    right_inverse: torch.Tensor,
+    mapping_matrix: torch.Tensor,
     packed: torch.Tensor,
     output_scale: torch.Tensor,
 ) -> torch.Tensor:

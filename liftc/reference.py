@@ -90,11 +90,16 @@ def lifted_linear(
     x: torch.Tensor,
     activation_scale: torch.Tensor | None,
     left: torch.Tensor,
-    right: torch.Tensor,
+    right_inverse: torch.Tensor,
+    mapping_matrix: torch.Tensor,
     packed: torch.Tensor,
     output_scale: torch.Tensor,
 ) -> torch.Tensor:
-    """Weight-first order (paper appendix D): decode the weight, then one dense product; (..., IC) -> (..., OC)."""
+    """Weight-first order (paper appendix D): decode the weight, then one dense product; (..., IC) -> (..., OC).
+
+    right_inverse (t2, t2) and mapping_matrix (d, D) are those of decode_right, which gives the right of lift.
+    """
+    right = decode_right(right_inverse, mapping_matrix)
     weight = decode_weight(packed, output_scale, activation_scale, left, right, x.shape[-1])
     return functional.linear(x.to(weight.dtype), weight).to(x.dtype)
 

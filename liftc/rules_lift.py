@@ -43,6 +43,11 @@ def _lifting(node: Node) -> Node | None:
     return lift_of(node) if str(node.target) == _SIGN else node
 
 
+def _right(node: Node) -> str:
+    """The name of the right factor: lift has it with the mapping multiplied in."""
+    return "right" if str(node.target) == _LIFT else "right_inverse"
+
+
 def _left(context: Context, node: Node) -> str | None:
     kind = context.kind(operand(node, "left"))
     if kind is None:
@@ -52,7 +57,7 @@ def _left(context: Context, node: Node) -> str | None:
 
 
 def _covers(context: Context, node: Node) -> str | None:
-    left, right = context.shape(operand(node, "left")), context.shape(operand(node, "right"))
+    left, right = context.shape(operand(node, "left")), context.shape(operand(node, _right(node)))
     x = context.kind(operand(node, "x"))
     if not left or not right or len(right) != 2:
         return "found no shapes"
@@ -88,7 +93,12 @@ def _packed(context: Context, node: Node) -> str | None:
     lift = _lifting(node)
     if lift is None:
         return None
-    left, right = context.shape(operand(lift, "left")), context.shape(operand(lift, "right"))
+    left, right = context.shape(operand(lift, "left")), context.shape(operand(lift, _right(lift)))
+    if lift is node:
+        mapping = context.shape(operand(node, "mapping_matrix"))
+        if not right or not mapping or _decode_shapes(context, node):
+            return None  # another rule's sentence
+        right = (right[0], right[0] // mapping[0] * mapping[1])
     scale, packed = context.kind(operand(node, "output_scale")), context.kind(operand(node, "packed"))
     if not left or not right or scale is None or len(scale[1]) != 1:
         return "found operands without shapes"
@@ -167,7 +177,7 @@ LIFT_RULES = (
         (_SIGN, _LIFTED), "packed must be the packed tensor of a linear or lift in the tables", _registered
     ),
     NodeRule(
-        (_DECODE,),
+        (_DECODE, _LIFTED),
         "right_inverse must be square and a multiple of d rows, mapping_matrix [d,D]",
         _decode_shapes,
     ),

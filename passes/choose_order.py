@@ -10,7 +10,7 @@ from torch.fx import Graph, Node
 
 from liftc import ir
 from liftc.passes.base import Pass, PassError
-from liftc.passes.nodes import ATEN, node_type, place, remove_dead, type_of
+from liftc.passes.nodes import ATEN, TensorReads, node_type, place, remove_dead, type_of
 from liftc.program import Program
 from liftc.rules_lift import lift_of
 from liftc.spec import DTYPES
@@ -48,6 +48,7 @@ class ChooseOrder(Pass):
 
 
 def _weight_first(program: Program, graph: Graph) -> None:
+    reads = TensorReads(program, graph)
     for node in list(graph.nodes):
         if node.op != "call_function" or node.target is not ir.sign_matmul:
             continue
@@ -55,10 +56,14 @@ def _weight_first(program: Program, graph: Graph) -> None:
         if lift is None:
             continue
         x, scale, left, right = lift.args
+        with graph.inserting_before(node):
+            factors = _factors(program, reads, right)
+        if factors is None:
+            continue
         packed, output_scale, dtype = node.args[2:]
         kind = node.meta.get("type", "")
         with graph.inserting_before(node):
-            args = (x, scale, left, right, packed, output_scale)
+            args = (x, scale, left, *factors, packed, output_scale)
             new = graph.create_node("call_function", ir.lifted_linear, args, name="lifted_linear")
             # lifted_linear answers in the dtype of x.
             x_kind = node_type(program, x) if isinstance(x, Node) else None
@@ -73,19 +78,50 @@ def _weight_first(program: Program, graph: Graph) -> None:
         graph.erase_node(node)
 
 
+def _factors(program: Program, reads: TensorReads, right: Any) -> tuple[Any, Any] | None:
+    """right_inverse and mapping_matrix of a fused right factor, read by new nodes where it is folded already.
+
+    None when the factor is neither decode_right of two operands nor folded from them.
+    """
+    if not isinstance(right, Node):
+        return None
+    if right.op == "call_function" and right.target is ir.decode_right and len(right.args) == 2:
+        return right.args[0], right.args[1]
+    op, names = program.folded.get(str(right.target), ("", ())) if right.op == "get_attr" else ("", ())
+    if op != "decode_right" or len(names) != 2:
+        return None
+    return reads.read(names[0]), reads.read(names[1])
+
+
+def _fused_right(program: Program, graph: Graph, node: Node) -> Node:
+    """The right factor of lift for a lifted_linear: decode_right of its factors, before `node`."""
+    kinds = [node_type(program, factor) for factor in node.args[3:5]]  # type: ignore[arg-type]
+    if kinds[0] is None or kinds[1] is None:
+        raise PassError(f"choose-order: the factors of node %{node.name} have no known type")
+    (t2, _), (d, lifted) = (tuple(map(int, kind[1])) for kind in kinds if kind)
+    new = graph.create_node("call_function", ir.decode_right, node.args[3:5], name="decode_right")
+    place(new, node, type_of("f32", (str(t2), str(t2 // d * lifted))))
+    new.meta.update(block=-1, source="")
+    return new
+
+
 def _activation_first(program: Program, graph: Graph) -> None:
     lifts: dict[tuple[Any, ...], tuple[Node, Node]] = {}
+    rights: dict[tuple[Any, ...], Node] = {}
     for node in list(graph.nodes):
         if node.op != "call_function" or node.target is not ir.lifted_linear:
             continue
         kind = node_type(program, node)
         if kind is None:
             raise PassError(f"choose-order: the type of node %{node.name} is not known")
-        operands = tuple(node.args[:4])
-        packed, output_scale = node.args[4:]
+        operands = tuple(node.args[:5])
+        packed, output_scale = node.args[5:]
         with graph.inserting_before(node):
             if operands not in lifts:
-                lifts[operands] = _lift(program, graph, node, operands, kind[1][:-1], packed)
+                if operands[3:] not in rights:
+                    rights[operands[3:]] = _fused_right(program, graph, node)
+                fused = (*operands[:3], rights[operands[3:]])
+                lifts[operands] = _lift(program, graph, node, fused, kind[1][:-1], packed)
             args = (*lifts[operands], packed, output_scale, DTYPES[kind[0]])
             new = graph.create_node("call_function", ir.sign_matmul, args, name="sign_matmul")
             place(new, node, type_of(*kind))

@@ -27,10 +27,12 @@ class PlanLayout(Pass):
             raise PassError(f"plan-layout: linear {waiting[0]} is not lowered yet; run lower-linears first")
         read = _read(program)
         tensors = {name: spec for name, spec in program.tensors.items() if name in read}
-        plan = plan_program(replace(program, tensors=tensors))
+        folded = {name: made for name, made in program.folded.items() if name in read}
+        plan = plan_program(replace(program, tensors=tensors, folded=folded))
         return replace(
             program,
             tensors={entry.name: tensors[entry.name] for entry in plan.entries},
+            folded=folded,
             attrs={
                 **program.attrs,
                 "plan.bytes": plan.total,

@@ -21,7 +21,7 @@ from liftc.runtime.ops import Ops, register
 from liftc.runtime.tiles import TiledSigns
 
 FOLDED = "graph/folded.json"
-PACKED_ARGUMENT: dict[Any, int] = {ir.sign_matmul: 2, ir.lifted_linear: 4}
+PACKED_ARGUMENT: dict[Any, int] = {ir.sign_matmul: 2, ir.lifted_linear: 5}
 """Where an op takes packed signs; their output_scale follows."""
 
 DEVICE_OF_TARGET = {"llvm": "cpu", "cuda": "cuda"}

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from liftc import ir
+from liftc import ir, reference
 from liftc.errors import LiftcError
 from liftc.kernel_object import KernelFunction
-from liftc.packing import packed_rows
 from liftc.runtime.kernels import Kernels
 from liftc.runtime.planes import Planes
 from liftc.runtime.tiles import TiledSigns
+from liftc.runtime.weight_first import WeightFirst, mistake
 from liftc.spec import DTYPE_NAMES
 
 WEIGHT_FIRST_TOKENS = {"cpu": 256, "cuda": 32}
@@ -27,7 +27,7 @@ WEIGHT_FIRST_TOKENS = {"cpu": 256, "cuda": 32}
 (docs/kernels.md: the CPU figure is measured, the CUDA figure is an estimate)."""
 
 CHUNK_BYTES = 64 << 20
-"""Bound of the scratch of one kernel call, and of the decoded rows of lifted_linear in weight-first order."""
+"""Bound of the scratch of one kernel call."""
 
 _MAX_GRID = 65535  # CUDA limit of the grid axes that count tokens and rows
 _MAX_INDEX = 2**31 - 1  # kernels index with 32 bits
@@ -53,6 +53,7 @@ class Ops:
         self._sign_matmul = _by_dtype(kernels, "sign_matmul")
         self._unpack = {dtype: table[0][1] for dtype, table in _by_dtype(kernels, "unpack_signs").items()}
         self.tiles = TiledSigns(kernels)
+        self._weight_first = WeightFirst(self.tiles, self._unpack)
         self._ones: dict[tuple[torch.device, int], Tensor] = {}
         self._plan = lru_cache(maxsize=4096)(self._make_plan)
 
@@ -149,53 +150,22 @@ class Ops:
         x: Tensor,
         activation_scale: Tensor | None,
         left: Tensor,
-        right: Tensor,
+        right_inverse: Tensor,
+        mapping_matrix: Tensor,
         packed: Tensor,
         output_scale: Tensor,
     ) -> Tensor:
-        """x (..., IC) -> (..., OC) of x.dtype. Few tokens are lifted; for many the signs are decoded once.
-
-        Weight-first order in float32: diag(output_scale) B T* x = ((B (I ⊗ right')) (left x)), so the right
-        factor goes to the signs, the left one to the activations; rows in chunks of at most CHUNK_BYTES.
-        """
-        features = x.shape[-1] if x.dim() else 0
-        tokens = x.numel() // max(features, 1)
-        if tokens < WEIGHT_FIRST_TOKENS[self.device_type]:
-            z, z_scale = self.lift(x, activation_scale, left, right)
-            return self.sign_matmul(z, z_scale, packed, output_scale, x.dtype)
-        if x.dtype not in self._lift or not (left.dim() == 2 == right.dim() and output_scale.dim() == 1):
-            raise _lift_mistake(x, activation_scale, left, right)
-        t1, (t2, lifted), rows = left.shape[0], right.shape, output_scale.shape[0]
-        if features > t1 * t2 or left.dtype != torch.float32 or right.dtype != torch.float32:
-            raise _lift_mistake(x, activation_scale, left, right)
-        tiled = packed.dim() == 4
-        if tiled:
-            self.tiles.check(packed, rows, t1 * lifted)
-        elif packed.dtype != torch.int32 or packed.shape != (packed_rows(rows), t1 * lifted):
-            need = f"i32[{packed_rows(rows)},{t1 * lifted}]"
-            raise LiftcError(f"liftc.lifted_linear: packed is {_text(packed)}, {rows} outputs need {need}")
-        scaled = x.reshape(tokens, features).float()
-        if activation_scale is not None:
-            scaled = scaled * activation_scale
-        if features < t1 * t2:
-            scaled = torch.nn.functional.pad(scaled, (0, t1 * t2 - features))
-        mixed = torch.matmul(left, scaled.view(tokens, t1, t2)).view(tokens, t1 * t2)
-        y = torch.empty((tokens, rows), dtype=x.dtype, device=x.device)
-        packed = packed.contiguous()
-        unpack = self._unpack[torch.float32]
-        step = CHUNK_BYTES // (4 * (t1 * lifted + t1 * t2)) // 32 * 32
-        step = max(32, min(step, _MAX_GRID // 32 * 32))
-        for begin in range(0, rows, step):
-            end = min(begin + step, rows)
-            signs = torch.empty((end - begin, t1 * lifted), dtype=torch.float32, device=x.device)
-            if tiled:
-                self.tiles.unpack(packed[begin // 16 : (end + 15) // 16], signs)
-            else:
-                unpack(packed[begin // 32 : (end + 31) // 32], signs)
-            half = torch.matmul(signs.view(-1, lifted), right.t()).view(end - begin, t1 * t2)
-            del signs
-            y[:, begin:end] = torch.matmul(mixed, half.t()) * output_scale[begin:end]
-        return y.view(*x.shape[:-1], rows)
+        """x (..., IC) -> (..., OC) of x.dtype. Few tokens are lifted; for many the weight is decoded first."""
+        tokens = x.numel() // max(x.shape[-1], 1) if x.dim() else 0
+        operands = (right_inverse, mapping_matrix, packed, output_scale)
+        if tokens >= WEIGHT_FIRST_TOKENS[self.device_type]:
+            return self._weight_first(x, activation_scale, left, *operands)
+        fits = right_inverse.dim() == 2 == mapping_matrix.dim() and mapping_matrix.shape[0]
+        if not fits or right_inverse.shape[0] % mapping_matrix.shape[0]:
+            raise mistake(x, activation_scale, left, *operands)
+        right = reference.decode_right(right_inverse, mapping_matrix)
+        z, z_scale = self.lift(x, activation_scale, left, right)
+        return self.sign_matmul(z, z_scale, packed, output_scale, x.dtype)
 
     def _make_plan(
         self, dtype: torch.dtype, tokens: int, rows: int, columns: int

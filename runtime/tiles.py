@@ -18,6 +18,8 @@ TILE_ROWS, TILE_COLUMNS = 16, 256
 MOST_PADDING = 1.25
 """Tiles are made of a matrix only when they hold at most this many times its bits."""
 
+_DECODE_TILES = 24  # of a row of blocks that a thread block of decode_tiles has at a time
+_DECODE_BLOCKS = 3  # of its thread blocks per processor
 _KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _MAX_ROW_BLOCKS = 65535  # CUDA limit of the grid axis that counts them
 _REFUSALS = (TypeError, ValueError, RuntimeError)
@@ -38,6 +40,7 @@ class TiledSigns:
         self._multiply = [(f, functions[f.symbol]) for f in kernels.of("sign_matmul_tiled")]
         self._tile = [functions[f.symbol] for f in kernels.of("tile_signs")]
         self._unpack = {f.dtype: functions[f.symbol] for f in kernels.of("unpack_tiles")}
+        self._decode = {f.dtype: (f, functions[f.symbol]) for f in kernels.of("decode_tiles")}
         self.planes = PlaneKernels(kernels, tuple(f.max_tokens for f, _ in self._multiply))
         self.available = bool(self._tile and self.planes.most_tokens)
         self._processors: dict[torch.device, int] = {}
@@ -69,7 +72,32 @@ class TiledSigns:
 
     def unpack(self, tiles: Tensor, out: Tensor) -> None:
         """Write the signs, -1 and +1, of whole row blocks: out (OC, K) of f32, f16 or bf16."""
-        self._unpack[DTYPE_NAMES[out.dtype]](tiles, out)
+        grid = min(-(-tiles.shape[0] * tiles.shape[1] // 8), 8 * self._processors_of(tiles.device))
+        self._unpack[DTYPE_NAMES[out.dtype]](tiles, out, max(grid, 1))
+
+    def decodes(self, mapping: Tensor, dtype: torch.dtype) -> bool:
+        """Whether `decode` takes a mapping of this shape: its parts of 16 x 32 must fit the kernel's memory."""
+        spec, _ = self._decode.get(DTYPE_NAMES.get(dtype, ""), (None, None))
+        d, lifted = mapping.shape
+        pieces = -(-lifted // 128)
+        parts = -(-lifted // (16 * pieces)) * pieces * -(-d // 32) * (2 if dtype == torch.float32 else 1)
+        return spec is not None and parts <= spec.block_results
+
+    def decode(self, tiles: Tensor, mapping: Tensor, scale: Tensor, out: Tensor) -> None:
+        """Write scale[r] * (signs of block b of row r) · mappingᵀ to out[r, b d : (b + 1) d].
+
+        tiles of whole row blocks, mapping f32 (d, D) that `decodes` takes, scale f32 (OC,), out (OC, P) of f32, f16
+        or bf16, contiguous, d dividing P. Raises LiftcError.
+        """
+        function = self._decode[DTYPE_NAMES[out.dtype]][1]
+        blocks, pairs = out.shape[1] // mapping.shape[0], -(-out.shape[0] // 32)
+        grid = _DECODE_BLOCKS * self._processors_of(tiles.device)
+        runs = _runs(blocks, pairs, mapping.shape[1], grid)
+        try:
+            function(tiles, mapping.contiguous(), scale.contiguous(), out, runs, min(grid, pairs * runs))
+        except _REFUSALS as error:
+            given = ", ".join(_text(t) for t in (tiles, mapping, scale, out))
+            raise LiftcError(f"liftc.lifted_linear: the kernels refuse {given} ({_line(error)})") from None
 
     def check(self, tiles: Tensor, out_features: int, lifted_features: int) -> None:
         """LiftcError unless `tiles` are those of a matrix of this size."""
@@ -134,6 +162,13 @@ class TiledSigns:
         if count is None:
             count = self._processors[device] = torch.cuda.get_device_properties(device).multi_processor_count
         return count
+
+
+def _runs(blocks: int, pairs: int, lifted: int, grid: int) -> int:
+    """Into how many runs the blocks of columns are cut: few, and such that thread blocks finish together."""
+    fewest = -(-blocks // ((_DECODE_TILES * TILE_COLUMNS - TILE_COLUMNS + 1) // lifted))
+    choices = range(fewest, min(blocks, 4 * fewest) + 1)
+    return min(choices, key=lambda r: -(-pairs * r // grid) * grid / (pairs * r) * (1 + 0.02 * (r - fewest)))
 
 
 def _text(value: Tensor) -> str:

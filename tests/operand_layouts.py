@@ -1,10 +1,12 @@
-"""The operand layouts of the tensor-core kernels, written with torch: what the kernels are compared with."""
+"""Operands of the kernels, their layouts written with torch: what the kernels are compared with."""
 
 from __future__ import annotations
 
 import torch
 
+from liftc.format import LiftFormat
 from liftc.packing import unpack_signs
+from liftc.spec import transform_shape
 
 
 def tile_layout(packed: torch.Tensor) -> torch.Tensor:
@@ -23,3 +25,28 @@ def z_of(planes: torch.Tensor, tokens: int, columns: int) -> torch.Tensor:
     """The fixed-point values that planes stand for."""
     parts = planes[:, :, : 2 * tokens].to(torch.int32).view(-1, 4, tokens, 2, 64).permute(2, 0, 1, 3, 4)
     return (256 * parts[..., 0, :] + parts[..., 1, :]).reshape(tokens, -1)[:, :columns].to(torch.int16)
+
+
+def linear_factors(in_features: int, fmt: LiftFormat) -> tuple[list[torch.Tensor], int]:
+    """Random left, right_inverse and mapping_matrix of a lifted linear, and the columns of its signs."""
+    g = torch.Generator().manual_seed(in_features)
+    t1, t2 = transform_shape(in_features, fmt)
+    shapes = ((t1, t1), (t2, t2), (fmt.subspace_dim, fmt.lifted_dim))
+    factors = [torch.randn(shape, generator=g) / shape[0] ** 0.5 for shape in shapes]
+    return factors, t1 * t2 // fmt.subspace_dim * fmt.lifted_dim
+
+
+def group_planes(z: torch.Tensor, columns: int) -> torch.Tensor:
+    """Planes int8 (KB, 16, columns, 16) of z, as the warp-group kernels take them; other columns hold 99."""
+    tokens, width = z.shape
+    blocks = -(-width // 256)
+    padded = torch.full((tokens, blocks * 256), 99, dtype=torch.int32)
+    padded[:, :width] = z
+    high = (padded + 128).div(256, rounding_mode="floor")
+    parts = torch.stack([high, padded - 256 * high], 1).view(2 * tokens, blocks, 4, 4, 4, 4)
+    planes = torch.full((blocks, 16, columns, 16), 99, dtype=torch.int8)
+    # columns of a block: quarter, t, step and half, byte
+    planes.view(blocks, 4, 4, columns, 4, 4)[:, :, :, : 2 * tokens] = parts.permute(1, 2, 4, 0, 3, 5).to(
+        torch.int8
+    )
+    return planes

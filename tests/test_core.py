@@ -92,14 +92,14 @@ def test_both_orders_agree(dtype: torch.dtype, batch: tuple[int, ...]) -> None:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(*batch, 70, generator=generator).to(dtype)
     left = torch.linalg.qr(torch.randn(3, 3, generator=generator))[0]
-    right = reference.decode_right(
-        torch.linalg.qr(torch.randn(24, 24, generator=generator))[0], torch.randn(8, 19, generator=generator)
-    )
+    right_inverse = torch.linalg.qr(torch.randn(24, 24, generator=generator))[0]
+    mapping = torch.randn(8, 19, generator=generator)
+    right = reference.decode_right(right_inverse, mapping)
     scale, activation = torch.rand(37, generator=generator), torch.rand(70, generator=generator) + 0.5
     packed = pack_signs(random_signs(37, 3 * 57))
     z, z_scale = ir.lift(x, activation, left, right)
     first = ir.sign_matmul(z, z_scale, packed, scale, torch.float32)
-    second = reference.lifted_linear(x.float(), activation, left, right, packed, scale)
+    second = reference.lifted_linear(x.float(), activation, left, right_inverse, mapping, packed, scale)
     assert first.shape == (*batch, 37)
     torch.testing.assert_close(first, second, atol=5e-3, rtol=2e-3)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -13,12 +14,14 @@ from liftc import ir, reference
 from liftc.errors import LiftcError
 from liftc.format import LiftFormat
 from liftc.packing import pack_signs, unpack_signs
+from liftc.runtime import weight_first
 from liftc.runtime.kernels import Kernels, load_kernels
 from liftc.runtime.ops import WEIGHT_FIRST_TOKENS, register
 from liftc.spec import Z_MAX, transform_shape
 
 pytest.importorskip("tvm", reason="kernels are built with TVM")
 from built_kernels import OTHER_LEVEL, cpu_object
+from operand_layouts import linear_factors
 
 from liftc.codegen.build import native_cpu_level
 
@@ -170,15 +173,16 @@ def test_lift_rounds_half_to_even(kernels: Kernels) -> None:
 @pytest.mark.parametrize("tokens", [0, 1, 7, WEIGHT_FIRST_TOKENS["cpu"], WEIGHT_FIRST_TOKENS["cpu"] + 5])
 def test_lifted_linear_matches_in_both_orders(kernels: Kernels, tokens: int, dtype: torch.dtype) -> None:
     for in_features, fmt in LIFTS:
-        x, scale, left, right = lift_operands((1, tokens), in_features, fmt, dtype)
-        rows, columns = 77, left.shape[0] * right.shape[1]
+        x, scale, _, _ = lift_operands((1, tokens), in_features, fmt, dtype)
+        factors, columns = linear_factors(in_features, fmt)
+        rows = 77
         _, _, packed, out_scale = sign_operands((1,), rows, columns)
         for used in (scale, None):
-            got = ir.lifted_linear(x, used, left, right, packed, out_scale)
+            got = ir.lifted_linear(x, used, *factors, packed, out_scale)
             exact = reference.lifted_linear(
                 x.double(),
                 None if used is None else used.double(),
-                *as_double(left, right),
+                *as_double(*factors),
                 packed,
                 out_scale.double(),
             )
@@ -190,11 +194,13 @@ def test_lifted_linear_matches_in_both_orders(kernels: Kernels, tokens: int, dty
 
 
 def test_lifted_linear_works_in_row_chunks(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
-    x, scale, left, right = lift_operands((1, 200), 70, LiftFormat(19, 8), torch.float32)
-    _, _, packed, out_scale = sign_operands((1,), 151, left.shape[0] * right.shape[1])
-    whole = ir.lifted_linear(x, scale, left, right, packed, out_scale)
-    monkeypatch.setattr("liftc.runtime.ops.CHUNK_BYTES", 1)  # the smallest chunk: 32 rows
-    torch.testing.assert_close(ir.lifted_linear(x, scale, left, right, packed, out_scale), whole)
+    fmt = LiftFormat(19, 8)
+    x, scale, _, _ = lift_operands((1, WEIGHT_FIRST_TOKENS["cpu"] + 3), 70, fmt, torch.float32)
+    factors, columns = linear_factors(70, fmt)
+    _, _, packed, out_scale = sign_operands((1,), 151, columns)
+    whole = ir.lifted_linear(x, scale, *factors, packed, out_scale)
+    monkeypatch.setitem(weight_first.DECODED_BYTES, "cpu", 1)  # the smallest chunk: 32 rows
+    torch.testing.assert_close(ir.lifted_linear(x, scale, *factors, packed, out_scale), whole)
 
 
 def test_long_calls_are_split(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,6 +253,15 @@ def test_misuse_is_one_sentence(kernels: Kernels) -> None:
     x, scale, left, right = lift_operands((1, 2), 70, LiftFormat(19, 8), torch.float32)
     z, z_scale, packed, out_scale = sign_operands((1, 2), 40, 50)
     ir_lift, ir_sign = ir.lift, ir.sign_matmul
+    factors, columns = linear_factors(70, LiftFormat(19, 8))
+    signs = sign_operands((1,), 40, columns)[2]
+    good = (scale, *factors, signs, out_scale)
+    assert ir.lifted_linear(x.repeat(1, 150, 1), *good).shape == (1, 300, 40)
+    wrong = (
+        (scale[:-1], *good[1:]), (scale, factors[0][:-1], *good[2:]), (*good[:2], factors[1].half(), *good[3:]),
+        (*good[:3], factors[2][:7], *good[4:]), (*good[:4], packed, out_scale), (*good[:4], signs.long(), out_scale),
+        (*good[:5], out_scale[:30]), (*good[:5], out_scale.half()), (scale, torch.eye(2), *good[2:]),
+    )  # fmt: skip
     calls = [
         lambda: ir_lift(torch.randn(1, 2, 700), None, left, right),
         lambda: ir_lift(x, scale[:-1], left, right),
@@ -262,7 +277,8 @@ def test_misuse_is_one_sentence(kernels: Kernels) -> None:
         lambda: ir_sign(z, z_scale[:, :1], packed, out_scale, torch.float32),
         lambda: ir_sign(z, z_scale, packed, out_scale, torch.int32),
         lambda: ir_sign(z, z_scale, packed, out_scale.half(), torch.float32),
-        lambda: ir.lifted_linear(x.repeat(1, 150, 1), scale, left, right, packed, out_scale),
+        *(partial(ir.lifted_linear, x.repeat(1, 150, 1), *operands) for operands in wrong),
+        lambda: ir.lifted_linear(x, scale, *factors[:2], factors[2][:0], packed, out_scale),
     ]  # fmt: skip
     for call in calls:
         with pytest.raises(LiftcError) as caught:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from operand_layouts import linear_factors
 
 from liftc import ir, reference
 from liftc.errors import LiftcError
@@ -142,11 +143,12 @@ def test_lift_of_zero_and_infinite_tokens_and_halves() -> None:
 @pytest.mark.parametrize("tokens", [0, 1, WEIGHT_FIRST_TOKENS["cuda"], WEIGHT_FIRST_TOKENS["cuda"] + 5])
 def test_lifted_linear_matches_in_both_orders(tokens: int, dtype: torch.dtype) -> None:
     for in_features, fmt in LIFTS[:-1]:
-        x, scale, left, right = lift_operands((1, tokens), in_features, fmt)
+        x, scale, _, _ = lift_operands((1, tokens), in_features, fmt)
         x = x.to(dtype)
-        packed, out_scale = sign_operands((1,), 77, left.shape[0] * right.shape[1])[2:]
-        got = ir.lifted_linear(*on_gpu([x, scale, left, right, packed, out_scale]))
-        doubles = [t.double() for t in (x, scale, left, right)]
+        factors, columns = linear_factors(in_features, fmt)
+        packed, out_scale = sign_operands((1,), 77, columns)[2:]
+        got = ir.lifted_linear(*on_gpu([x, scale, *factors, packed, out_scale]))
+        doubles = [t.double() for t in (x, scale, *factors)]
         exact = reference.lifted_linear(*doubles, packed, out_scale.double())
         bound = 2e-4 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
         peak = float(exact.abs().max()) if tokens else 1.0

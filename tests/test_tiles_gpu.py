@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from operand_layouts import tile_layout, z_of
+from operand_layouts import linear_factors, tile_layout, z_of
 from test_kernels_gpu import DTYPES, LIFTS, lift_operands, loaded, on_gpu, sign_operands  # noqa: F401
 
 from liftc import ir, reference
@@ -133,12 +133,13 @@ def test_products_of_operands_equal_products_of_z(ops: Ops) -> None:
 @pytest.mark.parametrize("tokens", [0, 1, WEIGHT_FIRST_TOKENS["cuda"], WEIGHT_FIRST_TOKENS["cuda"] + 5])
 def test_lifted_linear_on_tiles(ops: Ops, tokens: int, dtype: torch.dtype) -> None:
     for in_features, fmt in LIFTS[:3]:
-        x, scale, left, right = lift_operands((1, tokens), in_features, fmt)
+        x, scale, _, _ = lift_operands((1, tokens), in_features, fmt)
         x = x.to(dtype)
-        packed, out_scale = sign_operands((1,), 77, left.shape[0] * right.shape[1])[2:]
+        factors, columns = linear_factors(in_features, fmt)
+        packed, out_scale = sign_operands((1,), 77, columns)[2:]
         tiles = ops.tiles.from_packed(packed.cuda(), 77)
-        got = ir.lifted_linear(*on_gpu([x, scale, left, right]), tiles, out_scale.cuda())
-        doubles = [t.double() for t in (x, scale, left, right)]
+        got = ir.lifted_linear(*on_gpu([x, scale, *factors]), tiles, out_scale.cuda())
+        doubles = [t.double() for t in (x, scale, *factors)]
         exact = reference.lifted_linear(*doubles, packed, out_scale.double())
         bound = 2e-4 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
         peak = float(exact.abs().max()) if tokens else 1.0
