@@ -31,17 +31,18 @@ from liftc.quant.calibration import cut_windows, read_text
 from liftc.quant.tune import run_whole
 from liftc.runtime.tokenizer import Tokenizer
 
-SIGNS: dict[str, Any] = {"epochs": 0, "dense_epochs": 0, "tune_epochs": 0}
+SIGNS: dict[str, Any] = {"epochs": 0, "dense_epochs": 0, "tune_epochs": 0, "fisher": False}
 ROWS: dict[str, dict[str, Any]] = {
     "no-feedback": {**SIGNS, "damp": 1e9},
     "beam-16": {**SIGNS, "beam": 16},
     "signs": SIGNS,
     "beam-256": {**SIGNS, "beam": 256},
+    "fisher": {**SIGNS, "fisher": True},
     "correction": {**SIGNS, "epochs": 2},
     "dense": {**SIGNS, "epochs": 3, "dense_epochs": 2},
+    "fisher-dense": {**SIGNS, "epochs": 3, "dense_epochs": 2, "fisher": True},
     "tuned": {**SIGNS, "tune_epochs": 8},
-    "correction-tuned": {**SIGNS, "epochs": 2, "tune_epochs": 8},
-    "dense-tuned": {**SIGNS, "epochs": 3, "dense_epochs": 2, "tune_epochs": 8},
+    "fisher-tuned": {**SIGNS, "fisher": True, "tune_epochs": 8},
     "fast": {"effort": "fast"},
     "balanced": {"effort": "balanced"},
     "best": {"effort": "best"},
@@ -84,7 +85,8 @@ def main() -> None:
         row = {
             "row": a.row, "bits": a.bits, "set": extra, "options": asdict(options.quantize_options()),
             "calibration": job.inputs.description, "seconds": {"capture": captured - started,
-            "blocks": sum(v for k, v in quantized.seconds.items() if k != "tuned"),
+            "blocks": sum(v for k, v in quantized.seconds.items() if k.startswith("block")),
+            "fisher": quantized.seconds.get("fisher", 0.0),
             "tune": quantized.seconds.get("tuned", 0.0),
             "all": done - captured}, "memory": quantized.memory, "tuned": asdict(tuned) if tuned else None,
             "block_error": [(b.error_before, b.error_after) for b in quantized.blocks],

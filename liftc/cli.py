@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from liftc import __version__, env
+from liftc import __version__, cli_kernels, env
 from liftc.errors import LiftcError
 
 Answer = dict[str, Any]
@@ -25,6 +25,7 @@ def _compile(a: argparse.Namespace) -> Answer:
         calibration_length=a.calibration_length, calibration_tokens=a.calibration_tokens,
         calibration_field=a.calibration_field, chat_template=a.chat_template, chat_wrap=a.chat_wrap,
         effort=a.effort, beam=a.beam, epochs=a.epochs, dense_epochs=a.dense_epochs, tune_epochs=a.tune_epochs,
+        fisher=a.fisher,
         damp=a.damp, seed=a.seed, dtype=a.dtype, captured=a.captured, include=a.include, exclude=a.exclude,
         dump_ir=a.dump_ir, overwrite=a.overwrite, resume=a.resume, quantize_only=a.quantize_only, device=a.device,
         activation_memory=a.activation_memory, progress=not a.quiet,
@@ -185,6 +186,7 @@ def build_parser() -> argparse.ArgumentParser:
     v.add_argument("-o", "--output", type=Path, required=True)
 
     _add_lattice(commands)
+    cli_kernels.add_commands(commands, _command)
     return parser
 
 
@@ -242,6 +244,11 @@ def _add_quantization(c: argparse.ArgumentParser) -> None:
         ("--tune-epochs", "passes of end-to-end tuning (holds the whole model)"),
     ):
         c.add_argument(option, type=int, metavar="N", help=f"{text}, instead of the effort's")
+    c.add_argument(
+        "--fisher",
+        action=argparse.BooleanOptionalAction,
+        help="weigh tokens and outputs by the model's own gradients (default: the effort's)",
+    )
     c.add_argument("--damp", type=float, default=0.01, help="damping of the input gram (default 0.01)")
     c.add_argument(
         "--device", choices=("cuda", "cpu"), help="where to quantize (default: a GPU where there is one)"

@@ -3,7 +3,8 @@
     python scripts/dry_run.py --shape 70b --tokenizer FOLDER --effort balanced
 
 Writes a Llama folder of --layers blocks into a temporary directory, quantizes it exactly as `liftc compile`
-does, and extrapolates from the last block. Random weights do not change the work, only the perplexity.
+does, and extrapolates from the last block and the mean of the Fisher pass. Random weights do not change the work,
+only the perplexity.
 """
 
 from __future__ import annotations
@@ -120,12 +121,13 @@ def main() -> None:
         )  # fmt: skip
         whole = time.perf_counter() - captured
     blocks = [quantized.seconds[path.stem] for path in quantized.files]
+    fisher = quantized.seconds.get("fisher", 0.0)
     weights = sum(spec.out_features * spec.in_features for spec in job.program.linears.values()) // len(
         blocks
     )
-    total = blocks[-1] * SHAPES[a.shape][4]
-    print(f"{a.shape} {a.effort}, {job.inputs.description}: capture {captured - started:.1f} s, blocks "
-          f"{[round(b, 2) for b in blocks]} s of {weights / 1e6:.0f} M weights, all {whole:.1f} s; "
+    total = (blocks[-1] + fisher / len(blocks)) * SHAPES[a.shape][4]
+    print(f"{a.shape} {a.effort}, {job.inputs.description}: capture {captured - started:.1f} s, fisher {fisher:.1f} s, "
+          f"blocks {[round(b, 2) for b in blocks]} s of {weights / 1e6:.0f} M weights, all {whole:.1f} s; "
           f"{SHAPES[a.shape][4]} blocks about {total / 60:.1f} min")  # fmt: skip
     print(f"peak bytes: {quantized.memory}; a block is {2 * weights / 1e9:.2f} GB in bfloat16")
 

@@ -56,7 +56,7 @@ class CompileOptions:
     "LQ-D/d" for all linears or "REGEX=LQ-D/d" for the matching ones. targets: "llvm", "cuda". archs: "sm_89",
     ... for cuda. cpu: "native" or an x86-64 level for llvm. calibration_tokens: a budget that replaces
     calibration_windows. effort: a key of EFFORTS, which gives calibration_tokens, beam, epochs, dense_epochs
-    and tune_epochs (QuantizeOptions) where they are None. calibration_length: tokens per window, by default 512
+    tune_epochs and fisher (QuantizeOptions) where they are None. calibration_length: tokens per window, by default 512
     for language models and 32, about a sentence, for encoders. captured: folder that `liftc capture` wrote.
     resume: refuse to start over. quantize_only: stop before kernels are built; the same call without it
     continues, on a machine that has TVM. device: "cuda" or "cpu", where quantization runs.
@@ -80,6 +80,7 @@ class CompileOptions:
     epochs: int | None = None
     dense_epochs: int | None = None
     tune_epochs: int | None = None
+    fisher: bool | None = None
     damp: float = 0.01
     seed: int = 0
     dtype: str | None = None
@@ -110,6 +111,7 @@ class CompileOptions:
             beam=pick(self.beam, effort.beam), damp=self.damp, epochs=pick(self.epochs, effort.epochs),
             dense_epochs=pick(self.dense_epochs, effort.dense_epochs),
             tune_epochs=pick(self.tune_epochs, effort.tune_epochs), seed=self.seed,
+            fisher=effort.fisher if self.fisher is None else self.fisher,
         )  # fmt: skip
 
     def formats_by_pattern(self) -> tuple[LiftFormat, dict[str, LiftFormat]]:

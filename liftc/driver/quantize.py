@@ -8,6 +8,7 @@ import json
 import resource
 import shutil
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from liftc.errors import ArtifactError, QuantizeError
 from liftc.program import Program
 from liftc.quant.activations import ActivationStore, Budget
 from liftc.quant.blocks import BlockRunner
+from liftc.quant.fisher import measure
 from liftc.quant.mapping import load_mapping
 from liftc.quant.parallel import Ranks
 from liftc.quant.result import Quantized, QuantizeOptions
@@ -39,20 +41,22 @@ MIN_BATCHES = 8
 
 @dataclass(frozen=True)
 class Effort:
-    """What --effort stands for: beam width, calibration tokens, and passes over the calibration set for
-    intra-block correction, dense training and end-to-end tuning (QuantizeOptions)."""
+    """What --effort stands for: beam width, calibration tokens, passes over the calibration set for
+    intra-block correction, dense training and end-to-end tuning, and weighing by Fisher information
+    (QuantizeOptions)."""
 
     beam: int
     tokens: int
     epochs: int
     dense_epochs: int
     tune_epochs: int
+    fisher: bool
 
 
 EFFORTS = {
-    "fast": Effort(beam=16, tokens=32768, epochs=0, dense_epochs=0, tune_epochs=0),
-    "balanced": Effort(beam=64, tokens=32768, epochs=2, dense_epochs=0, tune_epochs=0),
-    "best": Effort(beam=256, tokens=98304, epochs=3, dense_epochs=2, tune_epochs=8),
+    "fast": Effort(beam=16, tokens=32768, epochs=0, dense_epochs=0, tune_epochs=0, fisher=False),
+    "balanced": Effort(beam=64, tokens=32768, epochs=2, dense_epochs=0, tune_epochs=0, fisher=True),
+    "best": Effort(beam=256, tokens=98304, epochs=3, dense_epochs=2, tune_epochs=8, fisher=True),
 }
 """docs/method.md says what each ingredient buys and docs/results.md what each effort costs."""
 
@@ -82,9 +86,16 @@ def quantize_program(
     ranks.barrier()
     budget = Budget(activation_memory)
     stream = _stream(captured, program, inputs, options, work, device, budget)
+    language_model, shared = inputs.graph == "prefill", _all_positions(inputs)
+    if options.fisher:
+        started = time.perf_counter()
+        stream.fisher = measure(
+            stream, language_model=language_model, shared=shared, progress=progress and ranks.first
+        )
+        stream.result.seconds["fisher"] = time.perf_counter() - started
     quantized = stream.run(progress=progress and ranks.first)
     if options.tune_epochs:
-        tune(stream, quantized, language_model=inputs.graph == "prefill", shared=_all_positions(inputs))
+        tune(stream, quantized, language_model=language_model, shared=shared)
     quantized.memory = peak_memory(stream.device, budget)
     ranks.barrier()
     if ranks.first:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from liftc.quant.segments import SegmentedGraph, functional_target
 aten = torch.ops.aten
 Fetch = Callable[[str], torch.Tensor]
 Hook = Callable[[torch.Tensor], None]
+Watch = Callable[[Node, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class BlockRunner:
         self._scratch_factory = scratch
         self._shared: dict[Node, Any] = {known[k]: self._move(v) for k, v in shared.items() if k in known}
         self._store = store if store is not None else ActivationStore()
-        self._by_name = {node.name: node for node in graph.nodes}
+        self._by_name: dict[str, Node] = {node.name: node for node in graph.nodes}
         self.rows: list[int] = []
         self.position = 0
         for stacked in stack(sequences, batch if self.graph.batchable else 1):
@@ -127,15 +129,31 @@ class BlockRunner:
         return {name: fetch(name).to(self.device) for name in self.segments[index].weights}
 
     def outputs(
-        self, index: int, number: int, weights: Weights, inputs: Mapping[Node, Any] | None = None
+        self,
+        index: int,
+        number: int,
+        weights: Weights,
+        inputs: Mapping[Node, Any] | None = None,
+        watch: Mapping[Node, Watch] | None = None,
     ) -> dict[Node, Any]:
         """What later segments read of segment `index` for one batch, differentiable in the weights.
 
-        inputs: values that replace stored ones.
+        inputs: values that replace stored ones. watch: functions of a node and its value whose result takes the
+        value's place.
         """
         alive = {**self._alive(number), **(inputs or {})}
-        local = self._run(index, self.rows[number], alive, weights, None)
+        local = self._run(index, self.rows[number], alive, weights, None, watch or {})
         return {node: local[node] for node in self.graph.outputs(index) if node in local}
+
+    def keep(self, store: ActivationStore) -> Kept:
+        """What is alive now, for every batch, kept in a store of its own while the runner goes on."""
+        for number in range(len(self)):
+            store.put(number, self._store.get(number, torch.device("cpu")))
+        return Kept(self, dict(self._shared), store)
+
+    def node(self, name: str) -> Node:
+        """The node of the graph with this name."""
+        return self._by_name[name]
 
     def close(self) -> None:
         """Drop the hidden states, files included."""
@@ -164,6 +182,7 @@ class BlockRunner:
         alive: Mapping[Node, Any],
         weights: Weights,
         hooks: dict[Node, Hook] | None,
+        watch: Mapping[Node, Watch] = MappingProxyType({}),
     ) -> dict[Node, Any]:
         """Local values of a segment that are still needed at its end; with hooks, stops after the last one."""
         segment, graph = self.segments[index], self.graph
@@ -185,6 +204,8 @@ class BlockRunner:
                 elif operand not in values:
                     raise QuantizeError(f"block {segment.block} reads {operand.name}, which nothing computed")
             value = self._call(node, values, rows, weights)
+            if node in watch:
+                value = watch[node](node, value)
             values[node] = value
             if node in graph.per_sequence:
                 local[node] = value
@@ -208,6 +229,24 @@ class BlockRunner:
                 return held.linear(values[node.args[0]], bias)  # type: ignore[index]
         args, kwargs = self.graph.arguments(node, values, rows, self.device)
         return functional_target(node)(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What was alive before a segment of a runner."""
+
+    runner: BlockRunner
+    shared: Mapping[Node, Any]
+    store: ActivationStore
+
+    def get(self, number: int) -> dict[Node, Any]:
+        """Values by node for one batch, on the runner's device."""
+        stored = self.store.get(number, self.runner.device)
+        return {**self.shared, **{self.runner.node(name): value for name, value in stored.items()}}
+
+    def close(self) -> None:
+        """Drop the values, files included."""
+        self.store.clear()
 
 
 def stack(sequences: Sequence[Mapping[str, Any]], batch: int) -> list[dict[str, Any]]:

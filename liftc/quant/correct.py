@@ -100,16 +100,26 @@ def _mean_loss(
 
 
 def block_loss(
-    runner: BlockRunner, index: int, trainable: Trainable, targets: Targets
+    runner: BlockRunner,
+    index: int,
+    trainable: Trainable,
+    targets: Targets,
+    importance: Callable[[int], torch.Tensor] | None = None,
 ) -> Callable[[int], torch.Tensor]:
-    """Relative squared error of the outputs of segment `index`, loud tokens weighed down."""
+    """Relative squared error of the outputs of segment `index`, loud tokens weighed down.
+
+    importance: further weights (tokens,) of a batch's tokens (fisher.py).
+    """
 
     def loss(number: int) -> torch.Tensor:
         error = energy = torch.zeros((), device=runner.device)
+        extra = None if importance is None else importance(number)
         for node, value in runner.outputs(index, number, trainable.weights()).items():
             if isinstance(value, torch.Tensor) and value.is_floating_point():
                 target = targets(number, node).to(runner.device).float()
                 weight = token_weights(target)
+                if extra is not None and extra.numel() == weight.numel():
+                    weight = weight * extra.view(weight.shape)
                 error = error + ((value.float() - target).square().sum(-1) * weight).sum()
                 energy = energy + (target.square().sum(-1) * weight).sum()
         return error / energy.clamp_min(1e-30)

@@ -3,6 +3,10 @@
 With H' the damped input gram in whitened coordinates and H'⁻¹ = Uᵀ U (U upper triangular), block k of d
 columns is encoded in the metric A = U_kk⁻ᵀ (AᵀA is the Schur complement: the error that remains after the
 later blocks compensate), and its error is fed to the later columns: W -= E U_kk⁻¹ U_k,later.
+
+With an output metric G, for the error tr(G E H Eᵀ), rows compensate rows in the same way: G⁻¹ = Vᵀ V, and the error
+of a block of rows moves the targets of the rows after it by -(V_rr⁻¹ V_r,later)ᵀ E. Only errors of the same columns
+are needed for that, so columns stay the outer loop.
 """
 
 from __future__ import annotations
@@ -18,6 +22,10 @@ from liftc.quant.parallel import Ranks
 from liftc.quant.whitening import Whitening, damped
 from liftc.spec import LiftSpec
 
+ROW_BLOCKS = 8
+"""Blocks of rows that are encoded one after the other under an output metric."""
+OUTPUT_DAMP = 0.1
+"""Damping of an output metric, which few tokens estimate."""
 BLOCKS_AT_ONCE = 64
 """Blocks whose search tables are made together and held at once."""
 
@@ -52,8 +60,11 @@ def quantize_group(
     lam: float,
     device: torch.device | None = None,
     ranks: Ranks | None = None,
+    output_metric: torch.Tensor | None = None,
 ) -> GroupResult:
     """Quantize weight (OC, IC) against gram (IC, IC) = E[x xᵀ]; both any float dtype.
+
+    output_metric: G (OC, OC), how errors of the outputs count together; the identity if not given.
 
     Works on `device` (default: where the weight is), with the processes of `ranks` each encoding a part of the
     rows; results are on the CPU. Raises QuantizeError for NaN or
@@ -61,36 +72,61 @@ def quantize_group(
     """
     place = device or weight.device
     ranks = ranks or Ranks()
-    weight = weight[ranks.rows(len(weight))]
+    ours = ranks.rows(len(weight))
+    weight = weight[ours]
     weight, gram, mapping_matrix = weight.to(place, torch.float32), gram.to(place), mapping_matrix.to(place)
     whitening = whitening.to(place)
     if not torch.isfinite(weight).all():
         raise QuantizeError("the weights hold NaN or infinite values; repair the checkpoint first")
     d, lifted = spec.format.subspace_dim, spec.format.lifted_dim
-    work = whitening.whiten_weight(weight)
+    white = whitening.whiten_weight(weight)
+    moved = torch.zeros_like(white)  # by the feedback of earlier columns
     factor = feedback_factor(whitening.whiten_gram(gram.double()), damp)
-    scale = work.pow(2).mean(1).sqrt().to(torch.bfloat16)
+    row_blocks = _row_feedback(
+        len(white), None if output_metric is None else output_metric[ours, ours].to(place)
+    )
+    scale = white.pow(2).mean(1).sqrt().to(torch.bfloat16)
     rows = scale.float()[:, None]
     safe = torch.where(rows > 0, rows, torch.ones_like(rows))
-    packed = torch.empty(-(-work.shape[0] // 32), spec.lifted_features, dtype=torch.int32, device=place)
-    decoded = torch.zeros_like(work)
+    packed = torch.empty(-(-white.shape[0] // 32), spec.lifted_features, dtype=torch.int32, device=place)
+    decoded = torch.zeros_like(white)
     inverses = torch.linalg.inv(diagonal_blocks(factor, d))
     for first in range(0, len(inverses), BLOCKS_AT_ONCE):
         prepared = prepare_many(mapping_matrix, inverses[first : first + BLOCKS_AT_ONCE].mT, lam)
         for index, search in enumerate(prepared, first):
             start, stop = index * d, (index + 1) * d
-            block = work[:, start:stop]
-            signs = encode_prepared(block / safe, search, beam)
-            packed[:, index * lifted : (index + 1) * lifted] = pack_signs(signs)
-            decoded[:, start:stop] = (signs.float() @ mapping_matrix.T) * rows
-            if stop < work.shape[1]:
-                feedback = (inverses[index] @ factor[start:stop, stop:]).float()
-                work[:, stop:] -= (block - decoded[:, start:stop]) @ feedback
+            target, wanted = white[:, start:stop].clone(), moved[:, start:stop]
+            found: list[torch.Tensor] = []
+            for block, feedback in row_blocks:
+                wanted[block] += target[block]
+                signs = encode_prepared(wanted[block] / safe[block], search, beam)
+                decoded[block, start:stop] = (signs.float() @ mapping_matrix.T) * rows[block]
+                found.append(signs)
+                if block.stop < len(white):
+                    target[block.stop :] -= feedback @ (target[block] - decoded[block, start:stop])
+            packed[:, index * lifted : (index + 1) * lifted] = pack_signs(torch.cat(found))
+            if stop < white.shape[1]:
+                onwards = (inverses[index] @ factor[start:stop, stop:]).float()
+                moved[:, stop:] -= (wanted - decoded[:, start:stop]) @ onwards
     dense = whitening.unwhiten_weight(decoded, weight.shape[1])
     packed, scale = ranks.concatenate(packed), ranks.concatenate(scale)
     sums = ranks.sum(_error_sums(weight, dense, gram)).tolist()
     relative, proxy = (error / energy if energy > 0 else 0.0 for error, energy in (sums[:2], sums[2:]))
     return GroupResult(packed.cpu(), scale.cpu(), dense.cpu(), relative, proxy)
+
+
+def _row_feedback(count: int, metric: torch.Tensor | None) -> list[tuple[slice, torch.Tensor]]:
+    """(rows, how their error moves the targets of all later rows) for each block of rows, in order."""
+    if metric is None:
+        return [(slice(0, count), torch.empty(0, count))]
+    factor = feedback_factor(metric.double(), OUTPUT_DAMP)
+    step = -(-count // ROW_BLOCKS // 32) * 32
+    found = []
+    for start in range(0, count, step):
+        block = slice(start, min(start + step, count))
+        onwards = torch.linalg.solve(factor[block, block], factor[block, block.stop :])
+        found.append((block, onwards.T.float().contiguous()))
+    return found
 
 
 def diagonal_blocks(factor: torch.Tensor, size: int) -> torch.Tensor:

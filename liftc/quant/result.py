@@ -28,8 +28,9 @@ class QuantizeOptions:
     beam: beam width of the encoder. damp: share of the gram's mean diagonal added to it. epochs: passes of
     intra-block correction over the calibration set. dense_epochs: passes over it, before each further group
     of a block is quantized, that train the weights still dense. tune_epochs: passes of end-to-end tuning
-    (tune.py). held_out: share of the set that only decides when training stops. seed: of the whitening and
-    of training. The weight lam of the tree search is the one each mapping matrix was learned with.
+    (tune.py). fisher: weigh tokens and outputs by the Fisher information (fisher.py). held_out: share of the
+    set that only decides when training stops. seed: of the whitening, of training and of drawn tokens. The
+    weight lam of the tree search is the one each mapping matrix was learned with.
     """
 
     beam: int = 64
@@ -37,6 +38,7 @@ class QuantizeOptions:
     epochs: int = 0
     dense_epochs: int = 0
     tune_epochs: int = 0
+    fisher: bool = False
     held_out: float = 0.125
     rates: Rates = field(default_factory=Rates)
     seed: int = 0
@@ -87,8 +89,8 @@ class TuneReport:
 @dataclass
 class Quantized:
     """What quantization produced: files in order (a later one overrides an earlier one), the shared
-    transforms, and the reports. seconds: of each part done in this run, "block-00003" or "tuned"; memory: peak
-    bytes. These two differ from run to run, so no hashed file holds them."""
+    transforms, and the reports. seconds: of each part done in this run, "fisher", "block-00003" or "tuned";
+    memory: peak bytes. These two differ from run to run, so no hashed file holds them."""
 
     folder: Path
     files: list[Path] = field(default_factory=list)

@@ -31,6 +31,7 @@ from liftc.quant.activations import ActivationStore
 from liftc.quant.blocks import BlockRunner
 from liftc.quant.calibration import split_held_out
 from liftc.quant.correct import block_loss, fit
+from liftc.quant.fisher import Fisher, SegmentFisher
 from liftc.quant.ldlq import quantize_group
 from liftc.quant.mapping import lam_of, load_mapping
 from liftc.quant.parallel import Ranks
@@ -89,6 +90,7 @@ class StreamQuantizer:
         self.result = Quantized(folder)
         for lift in program.lifts.values():
             self.whitening(lift)
+        self.fisher: Fisher | None = None
         self._ready: dict[str, torch.Tensor] = {}
 
     def run(self, *, progress: bool) -> Quantized:
@@ -96,7 +98,7 @@ class StreamQuantizer:
         self.result.folder.mkdir(parents=True, exist_ok=True)
         runner = self.new_runner(self.stores())
         original = self.new_runner(self.stores()) if self.options.corrects else None
-        work = [(i, self._groups(s), self._path(i)) for i, s in enumerate(runner.segments)]
+        work = [(i, self.groups(s), self._path(i)) for i, s in enumerate(runner.segments)]
         work = [item for item in work if item[1]]
         absent = {index for index, _, path in work if not path.exists()}
         missing, done = max(absent, default=-1), 0
@@ -127,7 +129,7 @@ class StreamQuantizer:
     def _path(self, index: int) -> Path:
         return self.result.folder / f"block-{index:05d}.safetensors"
 
-    def _groups(self, segment: Segment) -> dict[str, list[str]]:
+    def groups(self, segment: Segment) -> dict[str, list[str]]:
         """Linears of a segment by lift, in the order they run."""
         order = {node: position for position, node in enumerate(segment.nodes)}
         found = sorted((order[node], name) for name, node in self.nodes.items() if node in order)
@@ -141,6 +143,7 @@ class StreamQuantizer:
         self, index: int, groups: Mapping[str, list[str]], runner: BlockRunner, original: BlockRunner | None
     ) -> None:
         started = time.perf_counter()
+        fisher = self.fisher.segment(index, self.device) if self.fisher is not None else None
         trainable = self._trainable(runner, index, groups)
         if original is not None:
             original.advance(index, self.checkpoint.tensor)
@@ -148,12 +151,14 @@ class StreamQuantizer:
         reports: list[LinearReport] = []
         left = list(groups)
         for lift, names in groups.items():
-            gram = self._gram(runner, index, trainable, lift, names)
-            tensors.update(self._quantize(lift, names, gram, trainable, reports))
+            weights = fisher.tokens[lift] if fisher else None
+            gram = self._gram(runner, index, trainable, lift, names, weights)
+            metric = fisher.outputs.get(lift) if fisher else None
+            tensors.update(self._quantize(lift, names, gram, metric, trainable, reports))
             left.remove(lift)
             if left and self.options.dense_epochs:
-                self._train(index, runner, original, trainable, self.options.dense_epochs, dense=True)
-        before, after = self._train(index, runner, original, trainable, self.options.epochs, dense=False)
+                self._train(index, runner, original, trainable, fisher, dense=True)
+        before, after = self._train(index, runner, original, trainable, fisher, dense=False)
         scales = trainable.scales()
         for names in groups.values():
             for name in names:
@@ -188,14 +193,15 @@ class StreamQuantizer:
         runner: BlockRunner,
         original: BlockRunner | None,
         trainable: Trainable,
-        epochs: int,
+        fisher: SegmentFisher | None,
         *,
         dense: bool,
     ) -> tuple[float, float]:
+        epochs = self.options.dense_epochs if dense else self.options.epochs
         train, held_out = split_held_out(range(len(runner)), self.options.held_out, self.options.seed)
         if original is None or not epochs or not held_out:
             return 0.0, 0.0
-        loss = block_loss(runner, index, trainable, original.value)
+        loss = block_loss(runner, index, trainable, original.value, fisher.of_batch if fisher else None)
         seed = self.options.seed * 1_000_003 + index
         fitted = fit(
             trainable, loss, train, held_out, epochs=epochs, rates=self.options.rates, dense=dense, seed=seed,
@@ -204,9 +210,10 @@ class StreamQuantizer:
         return fitted.before, fitted.after
 
     def _gram(
-        self, runner: BlockRunner, index: int, trainable: Trainable, lift: str, names: list[str]
-    ) -> torch.Tensor:
-        """E[x xᵀ] of the input of a lift, float32 (IC, IC) on the device."""
+        self, runner: BlockRunner, index: int, trainable: Trainable, lift: str, names: list[str],
+        weights: torch.Tensor | None,
+    ) -> torch.Tensor:  # fmt: skip
+        """E[w x xᵀ] of the input of a lift, float32 (IC, IC) on the device; w: of all tokens in order, or 1."""
         source = self.nodes[names[0]].args[0]
         assert isinstance(source, Node)
         width = self.program.lifts[lift].in_features
@@ -216,8 +223,9 @@ class StreamQuantizer:
         def hook(x: torch.Tensor) -> None:
             nonlocal rows
             flat = x.reshape(-1, x.shape[-1]).float()
-            gram.addmm_(flat.T, flat)
-            rows += flat.shape[0]
+            scaled = flat if weights is None else flat * weights[rows : rows + len(flat), None]
+            gram.addmm_(flat.T, scaled)
+            rows += len(flat)
 
         runner.observe(index, trainable.tensor, {source: hook})
         if rows == 0:
@@ -230,6 +238,7 @@ class StreamQuantizer:
         lift: str,
         names: list[str],
         gram: torch.Tensor,
+        output_metric: torch.Tensor | None,
         trainable: Trainable,
         reports: list[LinearReport],
     ) -> dict[str, torch.Tensor]:
@@ -241,7 +250,7 @@ class StreamQuantizer:
             result = quantize_group(
                 stacked, gram, spec, self.whitening(spec), load_mapping(spec.format),
                 beam=self.options.beam, damp=self.options.damp, lam=lam_of(spec.format), device=self.device,
-                ranks=self.ranks,
+                ranks=self.ranks, output_metric=output_metric,
             )  # fmt: skip
         except LiftcError as error:
             raise QuantizeError(f"{lift}: {error}") from error
