@@ -12,7 +12,7 @@ from test_correction import quantize
 from torch.fx import Node
 
 from liftc.driver.compile import CompileOptions, Job, prepare_job
-from liftc.driver.quantize import _all_positions, _stream
+from liftc.driver.quantize import all_positions, make_stream
 from liftc.errors import QuantizeError
 from liftc.format import LiftFormat
 from liftc.quant import fisher as fisher_module
@@ -34,7 +34,7 @@ def job(model_folder: Path, options: CompileOptions) -> Job:
 
 
 def stream_of(job: Job, work: Path, limit: int | None = None) -> StreamQuantizer:
-    return _stream(
+    return make_stream(
         job.captured, job.program, job.inputs, QuantizeOptions(fisher=True), work, "cpu", Budget(limit)
     )
 
@@ -48,7 +48,7 @@ def most_likely(self: Any, value: torch.Tensor) -> torch.Tensor:
 def gradients(job: Job, stream: StreamQuantizer) -> tuple[BlockRunner, dict[str, list[torch.Tensor]]]:
     """Gradient of every linear's output by one backward pass through the whole graph, by linear and batch."""
     runner = stream.new_runner(stream.stores())
-    runner.share(_all_positions(job.inputs))
+    runner.share(all_positions(job.inputs))
     originals = {
         name: job.captured.checkpoint.tensor(name)
         for name in {str(n.target) for n in stream.graph.find_nodes(op="get_attr")}
@@ -80,7 +80,7 @@ def test_block_by_block_equals_one_backward_pass(
 ) -> None:
     monkeypatch.setattr(fisher_module._Backward, "_first", most_likely)
     stream = stream_of(job, tmp_path, limit)
-    fisher = measure(stream, language_model=True, shared=_all_positions(job.inputs))
+    fisher = measure(stream, language_model=True, shared=all_positions(job.inputs))
     runner, wanted = gradients(job, stream)
     seen = 0
     for index, segment in enumerate(runner.segments):
@@ -104,7 +104,7 @@ def test_block_by_block_equals_one_backward_pass(
 def test_drawn_tokens_are_seeded_and_files_are_kept(job: Job, tmp_path: Path) -> None:
     def files(folder: str) -> tuple[list[bytes], list[int]]:
         fisher = measure(
-            stream_of(job, tmp_path / folder), language_model=True, shared=_all_positions(job.inputs)
+            stream_of(job, tmp_path / folder), language_model=True, shared=all_positions(job.inputs)
         )
         paths = sorted(fisher.folder.iterdir())
         return [p.read_bytes() for p in paths], [p.stat().st_mtime_ns for p in paths]
@@ -125,7 +125,7 @@ def test_gradients_that_are_not_finite_are_refused(
 ) -> None:
     monkeypatch.setattr(fisher_module._Backward, "_first", lambda self, value: value * torch.nan)
     with pytest.raises(QuantizeError, match="gradients are not finite"):
-        measure(stream_of(job, tmp_path), language_model=True, shared=_all_positions(job.inputs))
+        measure(stream_of(job, tmp_path), language_model=True, shared=all_positions(job.inputs))
     assert not list(tmp_path.rglob("segment-*"))
 
 
@@ -140,6 +140,9 @@ def test_quantizing_with_fisher_resumes_to_the_same_bytes(
     resumed = quantize(job, options, tmp_path / "parts", fisher=True, epochs=1)
     assert last.read_bytes() == wanted
     assert [p.read_bytes() for p in resumed.files] == [p.read_bytes() for p in whole.files]
+    assert "fisher" in resumed.seconds
+    finished = quantize(job, options, tmp_path / "parts", fisher=True, epochs=1)
+    assert "fisher" not in finished.seconds and not set(finished.seconds) & {p.stem for p in finished.files}
     plain = quantize(job, options, tmp_path / "plain", fisher=False, epochs=1)
     assert plain.files[-1].read_bytes() != wanted and "fisher" not in plain.seconds
 

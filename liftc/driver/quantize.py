@@ -85,9 +85,9 @@ def quantize_program(
         _resume_or_clear(work, fingerprint, resume=resume, announce=progress)
     ranks.barrier()
     budget = Budget(activation_memory)
-    stream = _stream(captured, program, inputs, options, work, device, budget)
-    language_model, shared = inputs.graph == "prefill", _all_positions(inputs)
-    if options.fisher:
+    stream = make_stream(captured, program, inputs, options, work, device, budget)
+    language_model, shared = inputs.graph == "prefill", all_positions(inputs)
+    if options.fisher and not stream.finished:
         started = time.perf_counter()
         stream.fisher = measure(
             stream, language_model=language_model, shared=shared, progress=progress and ranks.first
@@ -125,11 +125,11 @@ def whole_model_of(
     """The quantized model as dense weights on a device, for measuring it without kernels."""
     folder = quantized.folder.parent
     return whole_model(
-        _stream(captured, program, inputs, QuantizeOptions(), folder, device, Budget(None)), quantized
+        make_stream(captured, program, inputs, QuantizeOptions(), folder, device, Budget(None)), quantized
     )
 
 
-def _stream(
+def make_stream(
     captured: Captured,
     program: Program,
     inputs: CalibrationInputs,
@@ -138,6 +138,7 @@ def _stream(
     device: str | None,
     budget: Budget,
 ) -> StreamQuantizer:
+    """The quantizer of a program, with runners over this process's share of the calibration windows."""
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if place.type == "cuda" and not torch.cuda.is_available():
         raise QuantizeError("--device cuda needs an NVIDIA GPU that torch can use; choose --device cpu")
@@ -178,7 +179,7 @@ def peak_memory(device: torch.device, budget: Budget) -> dict[str, int]:
     return found
 
 
-def _all_positions(inputs: CalibrationInputs) -> dict[str, Any]:
+def all_positions(inputs: CalibrationInputs) -> dict[str, Any]:
     """Shared inputs that make a prefill graph give the logits of every position."""
     positions = inputs.shared.get("cache_position")
     return {} if positions is None else {"logit_positions": positions}

@@ -120,6 +120,14 @@ class StreamQuantizer:
                 used.close()
         return self.result
 
+    @property
+    def finished(self) -> bool:
+        """Whether every block has its file."""
+        runner = self.new_runner(self.stores())
+        found = all(self._path(i).exists() for i, s in enumerate(runner.segments) if self.groups(s))
+        runner.close()
+        return found
+
     def _advance(self, index: int, runner: BlockRunner, original: BlockRunner | None) -> None:
         runner.advance(index, self._fetch)
         if original is not None and original.position == index:
