@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from liftc.bundle import Work
 from liftc.codegen import library
 from liftc.codegen.knobs import CPU_KNOBS, CpuKnobs, chip_family
 from liftc.format import LiftFormat
@@ -48,6 +49,11 @@ class Choice:
         else:
             where = f"{self.measured} of {self.shapes} shapes, the nearest measured ones for the rest"
         return f"best of {self.candidates} on {self.arch}, {where}"
+
+
+def requests_of(work: Iterable[Work]) -> tuple[ShapeRequest, ...]:
+    """The linears of a model as requests."""
+    return tuple(ShapeRequest(LiftFormat.parse(w.format), w.out_features, w.in_features) for w in work)
 
 
 def knobs_to_json(knobs: Any) -> dict[str, Any]:

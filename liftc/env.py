@@ -29,6 +29,15 @@ def cache_dir() -> Path:
     return Path(value) if value else Path.home() / ".cache" / "liftc"
 
 
+def records_dir() -> Path:
+    """`LIFTC_RECORDS`: the user's kernel measurements; default `liftc/records` in `XDG_DATA_HOME` or
+    `~/.local/share`."""
+    if value := os.environ.get("LIFTC_RECORDS"):
+        return Path(value)
+    base = os.environ.get("XDG_DATA_HOME")
+    return (Path(base) if base else Path.home() / ".local" / "share") / "liftc" / "records"
+
+
 def num_threads() -> int:
     """`LIFTC_NUM_THREADS`: threads of the CPU kernels; default: the cores this process may use."""
     value = os.environ.get("LIFTC_NUM_THREADS", "")

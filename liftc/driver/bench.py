@@ -1,0 +1,208 @@
+"""bench kernels: time the kernels of an artifact or object beside what they replace; a table, JSON, a plot."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from liftc.bundle import Work
+from liftc.driver.bench_rows import Rows
+from liftc.driver.shapes import artifact_work, find_work
+from liftc.errors import LiftcError, TargetError
+from liftc.format import LiftFormat
+from liftc.kernel_object import TARGETS, read_kernel_object
+from liftc.kernel_records import Record, append_records, records_file
+from liftc.runtime import peers
+from liftc.runtime.kernels import Kernels, load_kernels, runs_on
+
+CHAIN_ROUNDS = {"llama-2-70b": 6, "llama-2-7b": 8}
+"""Layers in the chain of a shape set; other chains repeat until their signs fill the pool."""
+
+DEFAULT_SHAPES = {"cuda": ("llama-2-70b", "llama-2-7b"), "cpu": ("smollm2-135m",)}
+POOL_BYTES = {"cuda": 2_000_000_000, "cpu": 256_000_000}
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """Arguments of `liftc bench kernels`. prefill: tokens of the many-token rows, 0 for none. peers: also time what
+    the kernels replace. shared_bytes: use only kernels whose blocks ask for at most that. pool_bytes: distinct signs
+    per timing, 0 for operands in cache, None for the usual.
+    """
+
+    shapes: tuple[str, ...] = ()
+    formats: tuple[str, ...] = ()
+    batches: tuple[int, ...] = ()
+    peers: bool = True
+    prefill: int = 2048
+    shared_bytes: int | None = None
+    pool_bytes: int | None = None
+    json: Path | None = None
+    plot: Path | None = None
+    records: Path | None = None
+    threads: int | None = None
+    progress: bool = True
+
+
+def bench_kernels(path: Path, options: BenchOptions) -> dict[str, Any]:
+    """{"device", "read_ceiling_gbs", "records", "text", ...} of an artifact folder or a kernel object.
+
+    Raises LiftcError when this machine cannot run it, or when a kernel gave a wrong result.
+    """
+    if options.plot is not None:
+        from liftc.driver.bench_plot import check_matplotlib
+
+        check_matplotlib(options.plot)
+    file = find_object(path)
+    device = torch.device(TARGETS[read_kernel_object(file).target])
+    kernels = load_kernels(file, device)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+        kernels.set_num_threads(options.threads)
+    if options.shared_bytes is not None:
+        kernels = within_shared(kernels, options.shared_bytes)
+    pool = POOL_BYTES[device.type] if options.pool_bytes is None else options.pool_bytes
+    rows = Rows(kernels, device, pool)
+    records: list[Record] = []
+    for record in _measure(rows, path, options):
+        records.append(record)
+        if options.progress:
+            print(_line(record), file=sys.stderr, flush=True)
+        if options.records is not None:
+            append_records(records_file(options.records, record.device), [record])
+    answer = {
+        "device": rows.facts["device"], "kernels": file.name, "read_ceiling_gbs": round(rows.ceiling, 1),
+        "not_installed": peers.missing() if options.peers else [],
+        "largest_shared_bytes": max((f.shared_bytes for f in kernels.object.functions), default=0),
+        "records": [r.to_json() for r in records],
+    }  # fmt: skip
+    _write(options, records)
+    if options.plot is not None:
+        from liftc.driver.bench_plot import roofline
+
+        roofline(records, options.plot)
+    if wrong := [r for r in records if r.status == "wrong"]:
+        raise LiftcError(
+            f"bench: {wrong[0].kernel} of {file.name} is not exact at {_what(wrong[0])}, batch {wrong[0].batch}, and "
+            f"{len(wrong) - 1} more rows; nothing else of these rows was timed"
+        )
+    return {**answer, "text": _table(answer, records)}
+
+
+def find_object(path: Path) -> Path:
+    """The object to measure: `path` itself, or that of an artifact for this machine, a GPU first; LiftcError."""
+    if path.suffix == ".so":
+        return path
+    found = sorted((path / "kernels").glob("*.so"))
+    if not found:
+        raise LiftcError(f"{path} is neither a kernel object (.so) nor a folder with kernels/*.so")
+    for kind in ("cuda", "llvm"):
+        for file in found:
+            kernels = read_kernel_object(file)
+            if kernels.target != kind or (kind == "cuda" and not torch.cuda.is_available()):
+                continue
+            if kind == "llvm" or runs_on(kernels, torch.cuda.get_device_capability()):
+                return file
+    raise TargetError(f"{path} has no kernels for this machine, only {', '.join(f.name for f in found)}")
+
+
+def within_shared(kernels: Kernels, most: int) -> Kernels:
+    """The same without functions that ask for more than `most` bytes of shared memory a block."""
+    kept = tuple(f for f in kernels.object.functions if f.shared_bytes <= most)
+    functions = {f.symbol: kernels.functions[f.symbol] for f in kept if f.symbol in kernels.functions}
+    return replace(kernels, object=replace(kernels.object, functions=kept), functions=functions)
+
+
+def _measure(rows: Rows, path: Path, options: BenchOptions) -> Iterator[Record]:
+    batches = options.batches or (1, 4, 8, 16)
+    for name, work in _sources(rows, path, options):
+        formats: dict[str, list[tuple[int, int]]] = {}
+        for w in work:
+            formats.setdefault(w.format, []).append((w.out_features, w.in_features))
+        for text, shapes in formats.items():
+            fmt = LiftFormat.parse(text)
+            for batch in batches:
+                if len(shapes) > 1:
+                    yield from rows.chain(shapes, CHAIN_ROUNDS.get(name, 0), fmt, batch)
+            for shape in shapes:
+                for batch in batches:
+                    yield from rows.shape(shape, fmt, batch)
+                    if options.peers:
+                        yield from rows.others(shape, fmt, batch)
+                if options.prefill:
+                    yield from rows.prefill(shape, fmt, options.prefill)
+
+
+def _sources(rows: Rows, path: Path, options: BenchOptions) -> list[tuple[str, Sequence[Work]]]:
+    """(name, linears): those asked for, else those of the artifact, else what such machines usually run."""
+    if not options.shapes and path.is_dir() and not options.formats:
+        return [(path.name, artifact_work(path))]
+    names = options.shapes or DEFAULT_SHAPES[rows.device.type]
+    return [(name.lower(), find_work(name, options.formats)) for name in names]
+
+
+def _write(options: BenchOptions, records: Sequence[Record]) -> None:
+    if options.json is None:
+        return
+    try:
+        options.json.write_text(json.dumps([r.to_json() for r in records], indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise LiftcError(f"cannot write {options.json}: {error.strerror or error}") from None
+
+
+def _what(record: Record) -> str:
+    if record.chain:
+        shapes, _, rounds = record.chain.partition("*")
+        return f"{rounds} x ({shapes.replace('+', ', ')})"
+    return f"{record.out_features}x{record.in_features}"
+
+
+def _line(record: Record) -> str:
+    figures = record.reason or record.status
+    if record.microseconds is not None:
+        figures = (
+            f"{record.microseconds:10.1f} us {record.gigabytes_per_second or 0:8.1f} GB/s "
+            f"{100 * (record.fraction_of_ceiling or 0):6.1f} %"
+        )
+    return f"{record.format:10s} batch {record.batch:4d} {record.kernel:22s} {figures}  {_what(record)}"
+
+
+def _table(answer: dict[str, Any], records: Sequence[Record]) -> str:
+    """Markdown: a row per linear or chain, format and batch, a column per kernel, microseconds (% of the ceiling)."""
+    lines = [
+        f"{answer['device']}, {answer['kernels']}, read ceiling {answer['read_ceiling_gbs']:.0f} GB/s in the same run",
+        "Microseconds, and bytes of weights over the time as % of the read ceiling.",
+    ]
+    if answer["not_installed"]:
+        lines.append(f"Not installed: {', '.join(answer['not_installed'])}.")
+    groups: dict[bool, list[Record]] = {}
+    for record in records:
+        many = record.kernel == "lifted_linear" or any(
+            r.kernel == "lifted_linear" and r.batch == record.batch for r in records
+        )
+        groups.setdefault(many, []).append(record)
+    for group in groups.values():
+        names = list(dict.fromkeys(r.kernel for r in group))
+        rows: dict[tuple[str, str, int], dict[str, str]] = {}
+        for r in group:
+            cell = (
+                r.status
+                if r.microseconds is None
+                else f"{r.microseconds:.1f} ({100 * (r.fraction_of_ceiling or 0):.1f})"
+            )
+            rows.setdefault((_what(r), r.format, r.batch), {})[r.kernel] = cell
+        lines += [
+            "",
+            "| linears | format | batch | " + " | ".join(names) + " |",
+            "|---" * (3 + len(names)) + "|",
+        ]
+        for (what, fmt, batch), cells in rows.items():
+            lines.append(
+                f"| {what} | {fmt} | {batch} | " + " | ".join(cells.get(n, "") for n in names) + " |"
+            )
+    return "\n".join(lines)

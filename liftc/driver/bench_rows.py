@@ -1,0 +1,199 @@
+"""Measurements of `liftc bench kernels`: a record per kernel, shape, batch and chain; TVM is not imported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from liftc.errors import LiftcError
+from liftc.format import LiftFormat
+from liftc.kernel_records import Record
+from liftc.runtime import operands, peers
+from liftc.runtime.kernels import Kernels
+from liftc.runtime.operands import Linear, Operands
+from liftc.runtime.ops import Ops
+from liftc.runtime.timing import Clock, machine_facts
+from liftc.spec import DTYPE_NAMES, transform_shape
+
+Shape = tuple[int, int]
+_MOST_LAUNCHES = 512
+_KERNELS = ("lift+sign_matmul", "sign_matmul", "lift")
+
+
+class Rows:
+    """Kernels of one object on one device. Every row is checked first; what is not exact is not timed."""
+
+    def __init__(self, kernels: Kernels, device: torch.device, pool_bytes: int) -> None:
+        self.kernels, self.device = kernels, device
+        self.ops = Ops(kernels)
+        self.cold = pool_bytes > 0
+        self.operands = Operands(device, pool_bytes or 64_000_000)
+        self.clock = Clock(device)
+        self.ceiling = self.clock.read_ceiling(kernels, self.operands.pool)
+        self.facts = machine_facts(device)
+        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.arch = _arch(kernels, device)
+
+    def chain(self, shapes: Sequence[Shape], rounds: int, fmt: LiftFormat, batch: int) -> Iterator[Record]:
+        """The shapes in order, `rounds` times over; 0 for as often as the pool has distinct signs."""
+        rounds = rounds or self._rounds(shapes, fmt, batch)
+        linears = self.operands.linears(self.ops, list(shapes) * rounds, fmt, batch, self.dtype)
+        status = self._status(linears[: len(shapes)])
+        text = "+".join(f"{a}x{b}" for a, b in shapes) + f"*{rounds}"
+        size = sum(linear.sign_bytes for linear in linears)
+        for kernel in _KERNELS:
+            time = self._time(kernel, linears)
+            moved = size if kernel != "lift" else float(sum(linear.lift_bytes for linear in linears))
+            yield replace(self._record(kernel, fmt, (0, 0), batch, time, moved, status), chain=text)
+
+    def shape(self, shape: Shape, fmt: LiftFormat, batch: int) -> Iterator[Record]:
+        """One shape, cold unless the pool is 0: a launch each of as many copies as the pool holds."""
+        rounds = self._rounds([shape], fmt, batch) if self.cold else 1
+        linears = self.operands.linears(self.ops, [shape] * rounds, fmt, batch, self.dtype)
+        status = self._status(linears[:1])
+        for kernel in _KERNELS:
+            time = self._time(kernel, linears) / rounds
+            size = linears[0].lift_bytes if kernel == "lift" else linears[0].sign_bytes
+            yield self._record(kernel, fmt, shape, batch, time, size, status)
+
+    def others(self, shape: Shape, fmt: LiftFormat, batch: int) -> Iterator[Record]:
+        """The same linear by other means; those that fail are recorded as failed, with the reason."""
+        yield self._attempt(
+            "torch.unpack+matmul", shape, fmt, batch, lambda: self._unpacked(shape, fmt, batch)
+        )
+        for make in peers.peers(*shape, batch, self.operands.pool):
+            name = "peer"
+            try:
+                peer = make()
+                name = peer.name
+                time = self.clock.microseconds(peer.run) / peer.count
+                yield self._record(name, fmt, shape, batch, time, peer.weight_bytes, "ok", knobs={})
+            except (RuntimeError, ValueError, TypeError, AssertionError, ImportError) as error:
+                yield self._failed(name, shape, fmt, batch, error)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def prefill(self, shape: Shape, fmt: LiftFormat, tokens: int) -> Iterator[Record]:
+        """lifted_linear of many tokens, and the dense product it stands for."""
+        yield self._attempt("lifted_linear", shape, fmt, tokens, lambda: self._many(shape, fmt, tokens))
+        first = next(iter(peers.peers(*shape, tokens, self.operands.pool)))
+        yield self._attempt(
+            "cublas.float16" if self.device.type == "cuda" else "torch.linear.float32", shape, fmt, tokens,
+            lambda: self._peer(first()),
+        )  # fmt: skip
+
+    def _peer(self, peer: peers.Peer) -> tuple[float, float]:
+        return self.clock.microseconds(peer.run, 5) / peer.count, peer.weight_bytes
+
+    def _many(self, shape: Shape, fmt: LiftFormat, tokens: int) -> tuple[float, float]:
+        (linear,) = self.operands.linears(self.ops, [shape], fmt, 1, self.dtype)
+        left, right = transform_shape(shape[1], fmt)
+        generator = torch.Generator(self.device).manual_seed(0)
+
+        def normal(*size: int) -> torch.Tensor:
+            return torch.randn(size, generator=generator, device=self.device)
+
+        x, inverse = normal(tokens, shape[1]).to(self.dtype), normal(right, right) / right**0.5
+        mapping = normal(fmt.subspace_dim, fmt.lifted_dim) / fmt.lifted_dim**0.5
+        scale = linear.scale / shape[1] ** 0.5
+        factor = normal(left, left) / left**0.5
+
+        def run() -> Any:
+            return self.ops.lifted_linear(x, None, factor, inverse, mapping, linear.signs, scale)
+
+        return self.clock.microseconds(run, 5), linear.sign_bytes
+
+    def _unpacked(self, shape: Shape, fmt: LiftFormat, batch: int) -> tuple[float, float]:
+        (linear,) = self.operands.linears(self.ops, [shape], fmt, batch, self.dtype)
+        words = -(-shape[0] // 32) * linear.lifted
+        packed = self.operands.words(words).view(-1, linear.lifted)
+        unpack = peers.torch_unpacker(packed, shape[0], self.dtype)
+        run = peers.unpack_and_multiply(unpack, linear.z.to(self.dtype))
+        return self.clock.microseconds(run, 3, graph=False), linear.sign_bytes
+
+    def _attempt(
+        self, kernel: str, shape: Shape, fmt: LiftFormat, batch: int, work: Callable[[], tuple[float, float]]
+    ) -> Record:
+        try:
+            time, size = work()
+        except (RuntimeError, LiftcError) as error:
+            return self._failed(kernel, shape, fmt, batch, error)
+        return self._record(kernel, fmt, shape, batch, time, size, "ok", knobs={})
+
+    def _rounds(self, shapes: Sequence[Shape], fmt: LiftFormat, batch: int) -> int:
+        once = self.operands.linears(self.ops, shapes, fmt, batch, self.dtype)
+        size = sum(linear.signs.nbytes for linear in once)
+        return max(1, min(self.operands.pool.nbytes // size, _MOST_LAUNCHES // len(shapes)))
+
+    def _status(self, linears: Sequence[Linear]) -> str:
+        for linear in linears:
+            exact = operands.product_is_exact(self.ops, linear, self.dtype)
+            if not exact or not operands.lift_is_right(self.ops, linear):
+                return "wrong"
+        return "ok"
+
+    def _time(self, kernel: str, linears: Sequence[Linear]) -> float:
+        def run() -> None:
+            for linear in linears:
+                if kernel == "lift":
+                    operands.lift(self.ops, linear)
+                elif kernel == "sign_matmul":
+                    operands.product(self.ops, linear, self.dtype)
+                else:
+                    operands.whole(self.ops, linear, self.dtype)
+
+        return self.clock.microseconds(run)
+
+    def knobs(self, kernel: str, batch: int) -> dict[str, Any]:
+        """Knobs of the kernels that serve a batch, with the op before the name."""
+        found: dict[str, Any] = {}
+        for op in ("sign_matmul_tiled", "lift_planes"):
+            if ("lift" in op) not in {"lift" in part for part in kernel.split("+")}:
+                continue
+            serving = (
+                f for f in self.kernels.of(op) if f.accepts(batch, 0, 0) and f.dtype in ("", self._dtype())
+            )
+            function = next(serving, None)
+            if function is not None:
+                found[f"{op}.symbol"] = function.symbol
+                found.update(
+                    (f"{op}.{k}", v) for k, _, v in (t.partition("=") for t in function.knobs.split())
+                )
+        return found
+
+    def _dtype(self) -> str:
+        return DTYPE_NAMES[self.dtype]
+
+    def _record(
+        self, kernel: str, fmt: LiftFormat, shape: Shape, batch: int, time: float, size: float, status: str,
+        knobs: dict[str, Any] | None = None,
+    ) -> Record:  # fmt: skip
+        good = status == "ok"
+        rate = size / time / 1e3
+        return Record(
+            kernel=kernel, kernel_version=self.kernels.object.kernel_version, arch=self.arch, format=str(fmt),
+            out_features=shape[0], in_features=shape[1], batch=batch,
+            knobs=self.knobs(kernel, batch) if knobs is None else knobs, status=status,
+            microseconds=round(time, 3) if good else None, gigabytes_per_second=round(rate, 2) if good else None,
+            read_ceiling_gbs=round(self.ceiling, 1),
+            fraction_of_ceiling=round(rate / self.ceiling, 4) if good else None,
+            dtype=self._dtype(), **self.facts,
+        )  # fmt: skip
+
+    def _failed(self, kernel: str, shape: Shape, fmt: LiftFormat, batch: int, error: Exception) -> Record:
+        line = next((part for part in str(error).splitlines() if part.strip()), type(error).__name__)
+        made = self._record(kernel, fmt, shape, batch, 1.0, 0.0, "failed", knobs={})
+        return replace(made, reason=line[:300])
+
+
+def _arch(kernels: Kernels, device: torch.device) -> str:
+    """The architecture whose machine code (or PTX) runs."""
+    if device.type != "cuda":
+        return kernels.object.archs[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return next(
+        (a for a in kernels.object.archs if a.rstrip("a") == f"sm_{major}{minor}"), kernels.object.archs[-1]
+    )

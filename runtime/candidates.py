@@ -1,0 +1,188 @@
+"""Check and time one candidate of a bundle on this machine; needs torch and tvm_ffi, neither TVM nor a compiler."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from liftc.bundle import Bundle, BundleCandidate
+from liftc.errors import ArtifactError, LiftcError
+from liftc.format import LiftFormat
+from liftc.kernel_object import TARGETS
+from liftc.kernel_records import Record
+from liftc.runtime import operands
+from liftc.runtime.kernels import Kernels, load_kernels
+from liftc.runtime.operands import Linear, Operands
+from liftc.runtime.ops import Ops
+from liftc.runtime.planes import Planes
+from liftc.runtime.timing import Clock, machine_facts
+from liftc.spec import DTYPES
+
+CHECKS = ((33, 700), (2000, 576), (1, 64))
+"""(out_features, in_features) every candidate is checked on beside the shapes to measure."""
+
+_MOST_LAUNCHES = 512
+
+
+@dataclass(frozen=True)
+class Result:
+    """Records of one candidate; `broken` when the process should not be used again (a CUDA error)."""
+
+    records: tuple[Record, ...]
+    broken: bool = False
+
+
+class Bench:
+    """The base object of a bundle on this machine's device, random operands, and the read ceiling."""
+
+    def __init__(self, folder: Path, bundle: Bundle) -> None:
+        self.folder, self.bundle = folder, bundle
+        kind = TARGETS[bundle.target]
+        self.device = torch.device(kind, 0) if kind == "cuda" else torch.device(kind)
+        self.base = load_kernels(folder / bundle.base, self.device)
+        self.operands = Operands(self.device, bundle.pool_bytes)
+        self.clock = Clock(self.device)
+        self.ceiling = self.clock.read_ceiling(self.base, self.operands.pool)
+        self.facts = machine_facts(self.device)
+        self.dtype = DTYPES[bundle.dtype]
+
+    def measure(self, candidate: BundleCandidate) -> Result:
+        """Exact on every shape first, then one record per shape, batch and chain; never raises for a candidate."""
+        if candidate.refused:
+            return self._no(candidate, "refused", candidate.refused)
+        try:
+            kernels = self._with(candidate)
+            if kernels is None:
+                return self._no(candidate, "refused", "it does not fit this device")
+            ops = Ops(kernels)
+            if reason := self._wrong(ops, candidate):
+                return self._no(candidate, *reason)
+            return Result(tuple(self._times(ops, candidate)))
+        except (ArtifactError, LiftcError) as error:
+            return self._no(candidate, "failed", str(error))
+        except (RuntimeError, ValueError, TypeError) as error:  # of CUDA, tvm_ffi and torch
+            line = next((part for part in str(error).splitlines() if part.strip()), type(error).__name__)
+            return replace(self._no(candidate, "failed", line), broken=self.device.type == "cuda")
+
+    def _with(self, candidate: BundleCandidate) -> Kernels | None:
+        """The base with the candidate's functions in place of its own for that op and dtype."""
+        loaded = load_kernels(self.folder / candidate.file, self.device)
+        if not all(symbol in loaded.functions for symbol in candidate.symbols):
+            return None
+        mine = [f for f in loaded.object.functions if f.symbol in candidate.symbols]
+        dtypes = {f.dtype for f in mine}
+        rest = [f for f in self.base.object.functions if f.op != candidate.op or f.dtype not in dtypes]
+        functions = {**self.base.functions, **{f.symbol: loaded.functions[f.symbol] for f in mine}}
+        return replace(
+            self.base, object=replace(self.base.object, functions=(*mine, *rest)), functions=functions
+        )
+
+    def _batches(self, candidate: BundleCandidate) -> list[int]:
+        """Those of the bundle that this candidate is made for: all, or the largest up to its tokens."""
+        most = candidate.knobs.get("tokens")
+        if not isinstance(most, int):
+            return list(self.bundle.batches)
+        smaller = {
+            c.knobs["tokens"]
+            for c in self.bundle.candidates
+            if c.op == candidate.op and c.knobs["tokens"] < most
+        }
+        return [b for b in self.bundle.batches if max(smaller, default=0) < b <= most]
+
+    def _groups(self) -> list[tuple[LiftFormat, list[tuple[int, int]]]]:
+        groups: dict[str, list[tuple[int, int]]] = {}
+        for work in self.bundle.work:
+            groups.setdefault(work.format, []).append((work.out_features, work.in_features))
+        return [(LiftFormat.parse(fmt), shapes) for fmt, shapes in groups.items()]
+
+    def _wrong(self, ops: Ops, candidate: BundleCandidate) -> tuple[str, str] | None:
+        """(status, reason) when the candidate is wrong somewhere or does not take a shape."""
+        lifts = candidate.op.startswith("lift")
+        for fmt, shapes in self._groups():
+            for batch in self._batches(candidate):
+                wanted = list(dict.fromkeys(shapes))
+                for linear in self.operands.linears(ops, [*CHECKS, *wanted], fmt, batch, self.dtype):
+                    shape = (linear.rows, linear.features)
+                    if lifts and shape in wanted and linear.signs.dim() == 4:
+                        if not isinstance(operands.lift(ops, linear)[0], Planes):
+                            return "refused", f"it does not take {linear.features} features"
+                    good = operands.lift_is_right(ops, linear) if lifts else all(
+                        operands.product_is_exact(ops, linear, dtype) for dtype in {self.dtype, torch.float32}
+                        if dtype == self.dtype or linear.signs.dim() == 4
+                    )  # fmt: skip
+                    if not good:
+                        return "wrong", f"{shape[0]}x{shape[1]} {fmt} batch {batch}"
+        return None
+
+    def _times(self, ops: Ops, candidate: BundleCandidate) -> list[Record]:
+        lifts, made = candidate.op.startswith("lift"), []
+        for fmt, shapes in self._groups():
+            for batch in self._batches(candidate):
+                unique = dict.fromkeys((0, s[1]) if lifts else s for s in shapes)
+                for rows, features in unique:
+                    copies = self._copies(ops, [(rows or features, features)], fmt, batch)
+                    size = sum(c.lift_bytes if lifts else c.sign_bytes for c in copies) / len(copies)
+                    time = self._chain(ops, copies, "lift" if lifts else "product") / len(copies)
+                    made.append(self._record(candidate, fmt, (rows, features), batch, time, size))
+                if len(shapes) > 1:
+                    copies = self._copies(ops, shapes, fmt, batch)
+                    time = self._chain(ops, copies, "whole" if lifts else "product")
+                    size = sum(c.sign_bytes for c in copies)
+                    names = "+".join(f"{a}x{b}" for a, b in shapes)
+                    chain = f"{names}*{len(copies) // len(shapes)}"
+                    record = self._record(candidate, fmt, (0, 0), batch, time, size)
+                    made.append(replace(record, chain=chain))
+        return made
+
+    def _copies(self, ops: Ops, shapes: list[tuple[int, int]], fmt: LiftFormat, batch: int) -> list[Linear]:
+        """The shapes in turn until their signs fill the pool."""
+        once = self.operands.linears(ops, shapes, fmt, batch, self.dtype)
+        size = sum(linear.signs.nbytes for linear in once)
+        rounds = max(1, min(self.operands.pool.nbytes // size, _MOST_LAUNCHES // len(shapes)))
+        return self.operands.linears(ops, shapes * rounds, fmt, batch, self.dtype)
+
+    def _chain(self, ops: Ops, copies: list[Linear], what: str) -> float:
+        """Microseconds of all of them in order."""
+
+        def run() -> None:
+            for linear in copies:
+                if what == "lift":
+                    operands.lift(ops, linear)
+                elif what == "whole":
+                    operands.whole(ops, linear, self.dtype)
+                else:
+                    operands.product(ops, linear, self.dtype)
+
+        return self.clock.microseconds(run)
+
+    def _record(
+        self, candidate: BundleCandidate, fmt: LiftFormat, shape: tuple[int, int], batch: int, time: float, size: float
+    ) -> Record:  # fmt: skip
+        rate = size / time / 1e3
+        return Record(
+            kernel=candidate.op, kernel_version=self.bundle.kernel_version, arch=self.bundle.arch, format=str(fmt),
+            out_features=shape[0], in_features=shape[1], batch=batch, knobs=candidate.knobs, status="ok",
+            microseconds=round(time, 3), gigabytes_per_second=round(rate, 2), read_ceiling_gbs=round(self.ceiling, 1),
+            fraction_of_ceiling=round(rate / self.ceiling, 4), dtype=self.bundle.dtype, **self.facts,
+        )  # fmt: skip
+
+    def _no(self, candidate: BundleCandidate, status: str, reason: str) -> Result:
+        return Result((unmeasured(self.bundle, candidate, self.facts, status, reason, self.ceiling),))
+
+
+def unmeasured(
+    bundle: Bundle, candidate: BundleCandidate, facts: dict[str, Any], status: str, reason: str, ceiling: float | None
+) -> Record:  # fmt: skip
+    """The one record of a candidate that was not timed, for the first work of the bundle."""
+    work = bundle.work[0]
+    most = candidate.knobs.get("tokens")
+    return Record(
+        kernel=candidate.op, kernel_version=bundle.kernel_version, arch=bundle.arch, format=work.format,
+        out_features=0 if candidate.op.startswith("lift") else work.out_features, in_features=work.in_features,
+        batch=most if isinstance(most, int) else bundle.batches[0], knobs=candidate.knobs, status=status,
+        microseconds=None, gigabytes_per_second=None, read_ceiling_gbs=None if ceiling is None else round(ceiling, 1),
+        fraction_of_ceiling=None, dtype=bundle.dtype, reason=reason[:300], **facts,
+    )  # fmt: skip
