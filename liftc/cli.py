@@ -28,7 +28,7 @@ def _compile(a: argparse.Namespace) -> Answer:
         fisher=a.fisher,
         damp=a.damp, seed=a.seed, dtype=a.dtype, captured=a.captured, include=a.include, exclude=a.exclude,
         dump_ir=a.dump_ir, overwrite=a.overwrite, resume=a.resume, quantize_only=a.quantize_only, device=a.device,
-        activation_memory=a.activation_memory, progress=not a.quiet,
+        activation_memory=a.activation_memory, records=a.records, progress=not a.quiet,
         command=tuple(sys.argv[1:]),
     )  # fmt: skip
     return compile_summary(a.model, a.output, options)
@@ -120,6 +120,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     c.add_argument("-arch", "--arch", action="append", metavar="sm_XX", help="CUDA architectures; repeatable")
     c.add_argument("--cpu", default="native", help="CPU level: native, x86-64-v2, x86-64-v3, x86-64-v4")
+    c.add_argument("--records", type=Path, metavar="DIR", help="more records of liftc tune to choose kernels by")
     _add_calibration(c)
     _add_quantization(c)
     c.add_argument(

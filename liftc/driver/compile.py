@@ -27,12 +27,14 @@ from liftc.driver.calibrate import (
 )
 from liftc.driver.card import model_card
 from liftc.driver.inspect import inspect_artifact
-from liftc.driver.kernels import place_kernels
+from liftc.driver.kernels import choose_kernels, place_kernels, record_folders
 from liftc.driver.quantize import EFFORTS, join_ranks, quantize_program
+from liftc.driver.shapes import program_work
 from liftc.driver.weights import artifact_tensors
 from liftc.errors import QuantizeError
 from liftc.format import LiftFormat
 from liftc.graphjson import graph_to_json
+from liftc.kernel_records import read_folders
 from liftc.passes.base import PassPipeline
 from liftc.passes.pipeline import after_quantize, before_quantize
 from liftc.plan import Plan, plan_program
@@ -60,7 +62,7 @@ class CompileOptions:
     for language models and 32, about a sentence, for encoders. captured: folder that `liftc capture` wrote.
     resume: refuse to start over. quantize_only: stop before kernels are built; the same call without it
     continues, on a machine that has TVM. device: "cuda" or "cpu", where quantization runs.
-    activation_memory: bytes of hidden states held in memory.
+    activation_memory: bytes of hidden states held in memory. records: folder of more kernel measurements.
     """
 
     bits: float | None = None
@@ -93,6 +95,7 @@ class CompileOptions:
     quantize_only: bool = False
     device: str | None = None
     activation_memory: int | None = None
+    records: Path | None = None
     progress: bool = True
     command: tuple[str, ...] = field(default=(), compare=False)
 
@@ -157,6 +160,7 @@ def compile_model(
     check_output(out, overwrite=options.overwrite)
     if not options.quantize_only:
         check_toolchain(options.targets, options.archs, options.cpu)
+        read_folders(record_folders(options.records))  # a bad line is found now, not after quantizing
     started = time.perf_counter()
     job = prepare_job(model, options, example_inputs)
     quantized = quantize_program(
@@ -233,14 +237,20 @@ def _write(
     for name, graph in lowered.graphs.items():
         write_json(stage / "graph" / f"{name}.json", graph_to_json(graph))
     write_json(stage / FOLDED, {name: [op, list(args)] for name, (op, args) in lowered.folded.items()})
+    origins: dict[str, list[str]] = {}
     for target in options.targets:
-        place_kernels(target, options.archs, options.cpu, stage)
+        choices = choose_kernels(target, options.archs, options.cpu, program_work(lowered), options.records)
+        place_kernels(target, options.archs, options.cpu, stage, choices)
+        origins[target] = list(choices.said)
+        if options.progress:
+            print("\n".join(f"kernels: {text}" for text in choices.said), file=sys.stderr, flush=True)
     write_json(stage / "plan.json", plan.to_json())
     (stage / "program.txt").write_text(print_program(lowered), encoding="utf-8")
     facts = {
         "route": str(lowered.attrs.get("route", "graph")),
         "formats": {name: str(spec.format) for name, spec in lowered.linears.items()},
         "effort": options.effort, **asdict(options.quantize_options()), "calibration": inputs.description,
+        "kernels": origins,
     }  # fmt: skip
     if captured.config is not None:
         write_json(

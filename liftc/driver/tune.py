@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import liftc.codegen
 from liftc import env
 from liftc.bundle import Bundle, Work, object_hashes, read_bundle, write_bundle
 from liftc.driver.tune_run import Sweep, run_bundle
@@ -48,12 +47,6 @@ class TuneOptions:
     again: bool = False
     processes: int = 0
     progress: bool = True
-
-
-def record_folders(given: Path | None = None) -> list[Path]:
-    """Where records are read from: those that come with liftc, the user's, and a folder named by an option."""
-    packaged = Path(liftc.codegen.__file__).parent / "records"
-    return [packaged, env.records_dir(), *([given] if given is not None else [])]
 
 
 def build_bundle(source: str, folder: Path, options: TuneOptions) -> Bundle:
@@ -193,6 +186,7 @@ def _best(records: Sequence[Record], op: str, batch: int) -> dict[str, Any] | No
 def _known_good(work: Sequence[Work], arch: str, given: Path | None) -> dict[tuple[str, int], list[Any]]:
     """(op, tokens) -> the best knobs of all records so far."""
     from liftc.codegen.best_knobs import cuda_choices, requests_of
+    from liftc.driver.kernels import record_folders
 
     chosen, _ = cuda_choices(read_folders(record_folders(given)), (arch,), requests_of(work))
     return {(op, k.tokens): [k] for (_, op), knobs in chosen.items() for k in knobs}
