@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,44 @@ class TensorCoreKnobs:
         """Dynamic shared memory of a block."""
         planes = self.z_buffers * self.chunk_blocks * self.tokens * 512
         ring = self.warps * self.ring * self.row_blocks * 512
-        sums = -(-self.tokens * (self.block_rows * 16 + 8) * 4 // 16) * 16
+        sums = -(-self.tokens * (self.block_rows * 16 + 8) * 4 // 16) * 16 + self.block_rows * 64
         totals = 2 * -(-self.tokens // 4) * 16
         return planes + ring + sums + totals + -(-self.z_buffers // 2) * 16 + self.pad_bytes
+
+    def describe(self) -> tuple[str, ...]:
+        """One text "name=value" per knob."""
+        return tuple(f"{name}={value}" for name, value in asdict(self).items())
+
+
+@dataclass(frozen=True)
+class WarpgroupKnobs:
+    """Choices of the warp-group sign_matmul (codegen/tensorcore_warpgroup.py).
+
+    tokens: the most tokens of a call, 1, 2 or a multiple of 4. groups: warp groups of a block. ring: tiles a warp has in
+    flight, one more than it waits for. sets: accumulator sets, 1, 2, 4 or 8 (fewer: fewer registers, more shifts).
+    chunk_blocks: blocks of 256 columns that the groups share at a time, z_buffers: chunks in shared memory.
+    block_rows: most blocks of 16 rows of one cluster. split: blocks of a cluster, each with its part of the columns.
+    dependent_launch: start while the kernel before still runs.
+    """
+
+    tokens: int = 16
+    groups: int = 4
+    ring: int = 6
+    sets: int = 2
+    chunk_blocks: int = 6
+    z_buffers: int = 2
+    block_rows: int = 32
+    split: int = 1
+    dependent_launch: bool = True
+
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a block."""
+        planes = self.z_buffers * self.chunk_blocks * self.tokens * 512
+        ring = self.groups * 4 * self.ring * 512
+        sums = self.tokens * (self.block_rows * 16 + 8) * 4
+        totals = 2 * -(-self.tokens // 4) * 16 + self.block_rows * 64
+        barriers = -(-self.z_buffers * self.chunk_blocks // 2) * 16 + -(-self.z_buffers // 2) * 16
+        return planes + ring + -(-sums // 16) * 16 + totals + barriers
 
     def describe(self) -> tuple[str, ...]:
         """One text "name=value" per knob."""
@@ -81,23 +116,29 @@ class TensorCoreKnobs:
 class LiftKnobs:
     """Choices of the lift in one launch (codegen/tensorcore_lift.py).
 
-    tokens: the most of a call. rows: rows of T* x of a block. results: most values of T* x of a block and token.
-    most_left, most_right: largest factors. blocks_per_processor: for which registers are saved.
+    tokens: the most of a call. group: tokens of a block. tiles: 16-column tiles of T* x of a block. units: blocks of 8
+    rows of X that a warp mixes at a time, ahead: 32-column pieces of them whose loads are in flight together.
+    left_depth: 16-column operands of left in flight. most_left, most_right: largest factors. blocks_per_processor:
+    for which registers are saved.
     """
 
     tokens: int = 1
-    rows: int = 4
-    threads: int = 256
-    results: int = 576
+    group: int = 1
+    tiles: int = 1
+    units: int = 2
+    ahead: int = 4
+    left_depth: int = 8
+    warps: int = 8
     most_left: int = 256
-    most_right: int = 512
+    most_right: int = 256
     blocks_per_processor: int = 4
     dependent_launch: bool = False
 
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block."""
-        factors = (self.most_left + self.most_right + self.threads) * self.rows * 4
-        return factors + self.tokens * self.results * 4 + 2 * -(-self.tokens * 4 // 16) * 16
+        right = self.tiles * -(-self.most_right // 32) * 2048
+        mixed = self.group * self.tiles * -(-self.most_left // 16) * 1024
+        return right + mixed + -(-self.group * self.warps // 4) * 16 + -(-self.group // 4) * 16
 
     def describe(self) -> tuple[str, ...]:
         """One text "name=value" per knob."""
@@ -144,10 +185,12 @@ TENSOR_CORE_KNOBS: dict[str, tuple[TensorCoreKnobs, ...]] = {
 
 LIFT_KNOBS: dict[str, tuple[LiftKnobs, ...]] = {
     family: tuple(
-        LiftKnobs(
-            tokens, threads=512, blocks_per_processor=2, dependent_launch=family in ("hopper", "blackwell")
+        replace(choice, dependent_launch=family in ("hopper", "blackwell"))
+        for choice in (
+            LiftKnobs(1),
+            LiftKnobs(4, left_depth=4),
+            LiftKnobs(16, group=2, units=1, most_right=512, blocks_per_processor=2),
         )
-        for tokens in (1, 16)
     )
     for family in TENSOR_CORE_KNOBS
 }

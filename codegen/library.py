@@ -19,6 +19,7 @@ from liftc.codegen.knobs import (
     CudaKnobs,
     LiftKnobs,
     TensorCoreKnobs,
+    WarpgroupKnobs,
     chip_family,
 )
 from liftc.kernel_object import KernelFunction
@@ -116,8 +117,15 @@ def tile_templates() -> Iterator[KernelTemplate]:
 
 
 def decode_templates() -> Iterator[KernelTemplate]:
-    """Kernels that turn tiles into numbers, for every architecture; imports TVM."""
-    from liftc.codegen import tensorcore_decode, tir_tiles
+    """Kernels of the weight-first order, for every architecture, smallest transforms first; imports TVM."""
+    from liftc.codegen import tensorcore_decode, tensorcore_whiten, tir_tiles
+
+    for short in ("f16", "bf16"):
+        for left, right in tensorcore_whiten.SIZES:
+            symbol = f"whiten_{short}_{left}_{right}"
+            function = KernelFunction(symbol, "whiten", short, most_left=left * 16, most_right=right * 16)
+            make = partial(tensorcore_whiten.whiten, symbol, TIR_DTYPES[short], short, left, right)
+            yield KernelTemplate(function, make)
 
     for short, dtype in TIR_DTYPES.items():
         symbol = f"decode_tiles_{short}"
@@ -148,9 +156,25 @@ def tensor_core_templates(
         yield KernelTemplate(function, partial(tensorcore_sign.sign_matmul_tiled, symbol, knobs))
 
 
+def warpgroup_templates(
+    name: str, archs: tuple[str, ...], choices: tuple[WarpgroupKnobs, ...]
+) -> Iterator[KernelTemplate]:
+    """The warp-group sign_matmul of sm_90a, fewest tokens first; imports TVM."""
+    from liftc.codegen import tensorcore_warpgroup
+
+    for knobs in choices:
+        symbol = f"sign_matmul_warpgroup_{name}_{knobs.tokens}"
+        function = KernelFunction(
+            symbol, "sign_matmul_warpgroup", "", max_tokens=knobs.tokens, shared_bytes=knobs.shared_bytes(),
+            archs=",".join(archs), block_rows=knobs.block_rows, knobs=" ".join(knobs.describe()), plane_bytes=16,
+            cluster_blocks=knobs.split,
+        )  # fmt: skip
+        yield KernelTemplate(function, partial(tensorcore_warpgroup.sign_matmul_warpgroup, symbol, knobs))
+
+
 def fixed_templates(name: str, archs: tuple[str, ...]) -> Iterator[KernelTemplate]:
     """Kernels without choices that belong to the tensor-core ones of a family; imports TVM."""
-    from liftc.codegen import tensorcore_lift, tir_measure
+    from liftc.codegen import tensorcore_split, tir_measure
 
     symbol = f"read_ceiling_{name}"
     yield KernelTemplate(
@@ -160,7 +184,7 @@ def fixed_templates(name: str, archs: tuple[str, ...]) -> Iterator[KernelTemplat
     members = ",".join(archs)
     symbol = f"split_z_{name}"
     yield KernelTemplate(
-        KernelFunction(symbol, "split_z", "i16", archs=members), partial(tensorcore_lift.split_z, symbol)
+        KernelFunction(symbol, "split_z", "i16", archs=members), partial(tensorcore_split.split_z, symbol)
     )
 
 
@@ -176,7 +200,7 @@ def lift_templates(
             symbol = f"lift_planes_{name}_{short}_{knobs.tokens}"
             function = KernelFunction(
                 symbol, "lift_planes", short, max_tokens=knobs.tokens, shared_bytes=knobs.shared_bytes(),
-                archs=members, block_rows=knobs.rows, block_results=knobs.results, most_left=knobs.most_left,
+                archs=members, block_rows=knobs.tiles, block_results=knobs.group, most_left=knobs.most_left,
                 most_right=knobs.most_right, knobs=" ".join(knobs.describe()),
             )  # fmt: skip
             yield KernelTemplate(function, partial(tensorcore_lift.lift_planes, symbol, dtype, knobs))

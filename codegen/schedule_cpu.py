@@ -61,9 +61,9 @@ def lift(symbol: str, dtype: str, threaded: bool, knobs: CpuKnobs) -> Any:
         sch.unroll(row)
         sch.vectorize(sch.get_loops(sch.get_sblock(name + "_store"))[-1])
         sch.decompose_reduction(block, k)
-    peaks = sch.get_sblock("peak_lanes")
-    lane, *others = sch.get_loops(peaks)[-4:]
+    squares = sch.get_sblock("squares_lanes")
+    lane, *others = sch.get_loops(squares)[-3:]
     sch.reorder(*others, lane)
     sch.vectorize(lane)
-    sch.decompose_reduction(peaks, others[0])
+    sch.decompose_reduction(squares, others[0])
     return sch.mod[sch.mod.get_global_vars()[0]]

@@ -42,7 +42,7 @@ def unpack_signs(symbol: str, dtype: str, knobs: CudaKnobs) -> Any:
 
 
 def lift(symbol: str, dtype: str, knobs: CudaKnobs) -> Any:
-    """Two thread-per-element products, then one block per token for the peak and the rounding."""
+    """Two thread-per-element products, then one block per token for its norm and the rounding."""
     sch = s_tir.Schedule(tir_lift.lift_cuda(symbol, dtype))
     for name in ("mix_element", "project_element"):
         token, row, column = sch.get_loops(sch.get_sblock(name))
@@ -57,7 +57,7 @@ def lift(symbol: str, dtype: str, knobs: CudaKnobs) -> Any:
         total = sch.get_sblock(name.removesuffix("_element"))
         sch.decompose_reduction(total, sch.get_loops(total)[-1])
     sch.bind(sch.get_loops(sch.get_sblock("token"))[0], "blockIdx.x")
-    for name in ("peak", "round", "scale"):
+    for name in ("squares", "round", "scale"):
         _, lane = sch.split(sch.get_loops(sch.get_sblock(name))[-1], [None, knobs.threads])
         sch.bind(lane, "threadIdx.x")
     return sch.mod[sch.mod.get_global_vars()[0]]

@@ -10,6 +10,24 @@ __device__ __forceinline__ void liftc_dependent_launch() {
 """
 """Lets the next kernel start, then waits until everything the kernels before wrote is visible."""
 
+DEPENDENT_START = r"""
+__device__ __forceinline__ void liftc_dependent_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+"""
+"""Lets the next kernel start as soon as there is room for it."""
+
+DEPENDENT_WAIT = r"""
+__device__ __forceinline__ void liftc_dependent_wait() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+"""
+"""Waits until everything the kernels before wrote is visible."""
+
 PREFETCH = r"""
 __device__ __forceinline__ void liftc_prefetch(const void* from, int bytes, int lane) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
@@ -69,7 +87,8 @@ __device__ __forceinline__ void liftc_load_z(const void* row, int column, int co
 """Eight values of z from `column` on into four zeroed words; those past the last column stay zero."""
 
 STORE_PLANES = r"""
-__device__ __forceinline__ int liftc_store_planes(unsigned a, unsigned b, unsigned c, unsigned d, void* out) {
+__device__ __forceinline__ int liftc_store_planes(unsigned a, unsigned b, unsigned c, unsigned d, void* out,
+                                                  int low, int next) {
   unsigned w[4] = {a, b, c, d};
 #pragma unroll
   for (int i = 0; i < 4; ++i)  // z + 128 in both halves, no carry between them
@@ -77,15 +96,18 @@ __device__ __forceinline__ int liftc_store_planes(unsigned a, unsigned b, unsign
   const unsigned h0 = __byte_perm(w[0], w[1], 0x7531), h1 = __byte_perm(w[2], w[3], 0x7531);
   const unsigned l0 = __byte_perm(w[0], w[1], 0x6420) ^ 0x80808080u;
   const unsigned l1 = __byte_perm(w[2], w[3], 0x6420) ^ 0x80808080u;
-  uint2* to = static_cast<uint2*>(out);
-  to[0] = make_uint2(h0, h1);
-  to[8] = make_uint2(l0, l1);
+  unsigned* to = static_cast<unsigned*>(out);
+  to[0] = h0;
+  to[low] = l0;
+  to[next] = h1;
+  to[next + low] = l1;
   const int high = __dp4a(static_cast<int>(h0), 0x01010101, __dp4a(static_cast<int>(h1), 0x01010101, 0));
-  const int low = __dp4a(static_cast<int>(l0), 0x01010101, __dp4a(static_cast<int>(l1), 0x01010101, 0));
-  return high * 256 + low;
+  const int rest = __dp4a(static_cast<int>(l0), 0x01010101, __dp4a(static_cast<int>(l1), 0x01010101, 0));
+  return high * 256 + rest;
 }
 """
-"""Eight values of z become bytes of the two planes (low plane 64 bytes after the high one); returns their sum."""
+"""Eight values of z become bytes of the two planes, the low one `low` words after the high one, the last four values
+`next` words after the first four; returns their sum."""
 
 LOAD_WORD = r"""
 __device__ __forceinline__ int liftc_load_word(const void* at) {
@@ -110,70 +132,137 @@ __device__ __forceinline__ void liftc_warp_max(void* highest, int value, int lan
 }
 """
 
-LOAD_X = r"""
-__device__ __forceinline__ float liftc_load_x(const void* from, int kind) {
+WARP_SUM = r"""
+__device__ __forceinline__ void liftc_warp_sum(float value, void* out, int lane) {
+#pragma unroll
+  for (int away = 16; away > 0; away /= 2) value += __shfl_xor_sync(0xffffffffu, value, away);
+  if (lane == 0) *static_cast<float*>(out) = value;
+}
+"""
+
+LOAD_X8 = r"""
+__device__ __forceinline__ void liftc_load_x8(const void* from, int kind, int inside, void* out) {
+  unsigned* v = static_cast<unsigned*>(out);
+#pragma unroll
+  for (int i = 0; i < (kind == 0 ? 8 : 4); ++i) v[i] = 0;
+  if (inside) {
+    asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "l"(from));
+    if (kind == 0)
+      asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];"
+                   : "=r"(v[4]), "=r"(v[5]), "=r"(v[6]), "=r"(v[7]) : "l"(static_cast<const char*>(from) + 16));
+  }
+}
+"""
+"""Eight values of x as they are, or zeros; kind 0 for float32, 1 for float16, 2 for bfloat16."""
+
+CONVERT = r"""
+__device__ __forceinline__ unsigned liftc_pack_bf16(float low, float high) {
+  unsigned pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+__device__ __forceinline__ float liftc_from_half(unsigned bits) {
   float value;
-  unsigned short half;
-  if (kind == 0) {
-    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(value) : "l"(from));
-    return value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(static_cast<unsigned short>(bits)));
+  return value;
+}
+"""
+"""Two floats as bfloat16 in a word, the first one low; a float16 as a float."""
+
+SPLIT = r"""
+__device__ __forceinline__ void liftc_split_pair(float a, float b, unsigned& high, unsigned& low) {
+  high = liftc_pack_bf16(a, b);
+  low = liftc_pack_bf16(a - __uint_as_float(high << 16), b - __uint_as_float(high & 0xffff0000u));
+}
+__device__ __forceinline__ float liftc_split_x4(const void* raw, int kind, int half, const void* scale,
+                                                int scaled, void* out) {
+  const unsigned* r = static_cast<const unsigned*>(raw) + half * (kind == 0 ? 4 : 2);
+  unsigned* b = static_cast<unsigned*>(out);
+  float v[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    if (kind == 0) v[i] = __uint_as_float(r[i]);
+    else if (kind == 1) v[i] = liftc_from_half(r[i / 2] >> (i % 2 * 16));
+    else v[i] = __uint_as_float(i % 2 ? r[i / 2] & 0xffff0000u : r[i / 2] << 16);
+  if (scaled) {
+    const float4 s = *static_cast<const float4*>(scale);
+    v[0] *= s.x;
+    v[1] *= s.y;
+    v[2] *= s.z;
+    v[3] *= s.w;
   }
-  asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(half) : "l"(from));
-  if (kind == 1) asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(half));
-  else value = __uint_as_float(static_cast<unsigned>(half) << 16);
-  return value;
-}
-"""
-
-PUBLISH = r"""
-__device__ __forceinline__ void liftc_publish(void* at, int value) {
-  asm volatile("st.relaxed.gpu.global.s32 [%0], %1;" :: "l"(at), "r"(value) : "memory");
-}
-"""
-
-PUBLISHED = r"""
-__device__ __forceinline__ int liftc_published(const void* at) {
-  int value;
-  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");
-  return value;
-}
-"""
-
-GRID_SYNC = r"""
-__device__ __forceinline__ void liftc_grid_sync(void* state, int blocks) {
-  unsigned* count = static_cast<unsigned*>(state);
-  unsigned before, now;
-  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(before) : "l"(count + 1) : "memory");
-  __threadfence();
-  if (atomicInc(count, blocks - 1) == blocks - 1) {
-    __threadfence();
-    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" :: "l"(count + 1), "r"(before + 1) : "memory");
+  if (kind == 2 && !scaled) {
+    b[0] = r[0];
+    b[1] = r[1];
   } else {
-    do asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(count + 1) : "memory");
-    while (now == before);
+    liftc_split_pair(v[0], v[1], b[0], b[2]);
+    liftc_split_pair(v[2], v[3], b[1], b[3]);
   }
-  __threadfence();
+  return fmaf(v[0], v[0], v[1] * v[1]) + fmaf(v[2], v[2], v[3] * v[3]);
+}
+__device__ __forceinline__ void liftc_store_mixed(const void* part, void* out) {
+  const float* p = static_cast<const float*>(part);
+  uint2 high, low;
+  liftc_split_pair(p[0] + p[4], p[1] + p[5], high.x, low.x);
+  liftc_split_pair(p[2] + p[6], p[3] + p[7], high.y, low.y);
+  uint2* to = static_cast<uint2*>(out);
+  to[0] = high;
+  to[64] = low;
 }
 """
-"""A barrier of all blocks: the counter goes back to zero by itself, the generation changes when the last arrives."""
+"""Floats as sums of two bfloat16 numbers, to 16 bits each. split_x4: half of eight values of x, scaled, as two words
+of high parts and two of low parts (none where bfloat16 says it all); returns the sum of squares. store_mixed: four
+sums of 16 x 8 results as half an operand of high parts, and of low parts 512 bytes on."""
+
+BF16 = f"\n#ifndef LIFTC_BF16\n#define LIFTC_BF16\n{CONVERT}{SPLIT}#endif\n"
+"""Both, once in a source however many of their functions are called."""
+
+LOAD_WORDS = r"""
+__device__ __forceinline__ void liftc_load_words(const void* from, void* out) {
+  const uint4 v = *static_cast<const uint4*>(from);
+  unsigned* to = static_cast<unsigned*>(out);
+  to[0] = v.x;
+  to[1] = v.y;
+  to[2] = v.z;
+  to[3] = v.w;
+}
+"""
+
+MMA_BF16 = r"""
+__device__ __forceinline__ void liftc_mma_bf16(void* sums, const void* first, unsigned b0, unsigned b1) {
+  float* d = static_cast<float*>(sums);
+  const unsigned* a = static_cast<const unsigned*>(first);
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+"""
+
+Z_SCALE = r"""
+__device__ __forceinline__ float liftc_z_scale(float squares, float bound) {
+  const float scale = __fmul_rn(__fsqrt_rn(squares), __fdiv_rn(bound, 16383.0f));
+  if (!(squares <= 3.402823466e38f && scale <= 3.402823466e38f)) return __int_as_float(0x7fc00000);
+  return squares < 0x1p-100f || scale < 0x1p-100f ? 0.0f : scale;
+}
+"""
+"""The step of z from the sum of squares of a token: NaN where it is not finite, 0 where it is next to nothing."""
 
 ROUND = r"""
-__device__ __forceinline__ int liftc_round(float value, int peak, void* out) {
-  const float scaled = value * (16383.0f / __int_as_float(peak));
-  const int z = fabsf(scaled) < 32000.0f && peak < 0x7f800000 ? __float2int_rn(scaled) : 0;
-  signed char* to = static_cast<signed char*>(out);
+__device__ __forceinline__ int liftc_round(float value, float scale, void* planes, int k, int column,
+                                           int columns, int pieces) {
+  int z = scale > 0.0f ? __float2int_rn(value * (1.0f / scale)) : 0;
+  z = z < -16383 ? -16383 : z > 16383 ? 16383 : z;
+  const int wide = 256 / pieces, piece = pieces == 4 ? k / 64 % 4 : k / 64 % 4 * 4 + k / 4 % 4;
+  const int at = pieces == 4 ? k % 64 : k / 16 % 4 * 4 + k % 4;
+  signed char* to = static_cast<signed char*>(planes);
+  to += (static_cast<long long>(k / 256 * pieces + piece) * columns + column) * wide + at;
   to[0] = static_cast<signed char>((z + 128) >> 8);
-  to[64] = static_cast<signed char>(z);
+  to[wide] = static_cast<signed char>(z);
   return z;
 }
 """
-"""z of one value, stored as its two bytes; the peak is given by its bits."""
-
-SCALE = r"""
-__device__ __forceinline__ float liftc_scale(int peak) {
-  return __int_as_float(peak < 0x7f800000 ? peak : 0x7fc00000) / 16383.0f;
-}
-"""
+"""z of one value and the step, stored as its two bytes at column k of both layouts of planes."""
 
 STORE_Y = r"""
 #include <cuda_fp16.h>

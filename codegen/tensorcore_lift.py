@@ -1,9 +1,19 @@
 # mypy: disable-error-code="misc, untyped-decorator, no-untyped-def, used-before-def"
-"""The lift in one launch, straight to the operand bytes of the tensor-core sign_matmul, and z split into them.
+"""The lift in one launch on bfloat16 tensor cores, straight to the operand bytes of the tensor-core sign_matmul.
 
-Planes are int8 (KB, 4, COLS, 64): column k of token c is bytes [k div 256, k mod 256 div 64, 2 c and 2 c + 1, k mod
-64], the high and the low byte of z = 256 h + l (codegen/tensorcore_sign.py). Columns past K are never written:
-their signs are 0 bits, so that they count for nothing.
+T* x is the matrix left X right with X = x as (t1, t2). A block owns 16 `tiles` columns c of it, all rows or a share
+of them, and `group` tokens. First P' = right' X' for its columns and every row a of X, rows in turn by warp; P' goes
+to shared memory in the layout of an operand; then Z' = P' left', eight rows of T* x to a warp. Every float is the
+sum of two bfloat16 (16 bits), three of the four products are added, in float32: an error of at most about
+2^-16 sum |left| |x| |right|, a quarter of a step of z at worst (x in bfloat16 without scale is exact, two products).
+
+The step of z comes from a bound (liftc/reference.py), so blocks need not wait for each other: each computes the norm
+of x for itself, in the same order and hence with the same bits.
+
+Factors arrive as operand words (runtime/factors.py): right int32 (CT, KJ, 2, 32, 4), for 16 columns and 16 features
+the first operand of the product of high and low parts; features 8 q + 4 s + 2 h + e of 32 are column 2 q + 8 h + e
+of step s, so that a lane's 16-byte load of x is its second operand as it lies in memory. left int32 (NT, KA, 32, 4):
+for 8 rows and 16 columns a the second operand, high and low.
 """
 
 from __future__ import annotations
@@ -19,241 +29,251 @@ KINDS = {"float32": 0, "float16": 1, "bfloat16": 2}
 
 
 def lift_planes(symbol: str, dtype: str, knobs: LiftKnobs) -> Any:
-    """PrimFunc x -> planes, totals, z_scale; z as in liftc/reference.py up to the order of float32 sums.
+    """PrimFunc x -> planes, totals, z_scale; z is within one step of liftc/reference.py.
 
-    x `dtype` (m, IC), in_scale f32 (IC,) or (1,) for none, left f32 (t1, t1), right f32 (t2, C) -> planes int8
-    (KB, 4, COLS, 64), totals int32 (grid, m) what each block adds to the sums of z, z_scale f32 (m, 1). state int32 (16,): a counter and a
-    generation, zero before the first launch and used by one launch at a time. found int32 (at least grid m,):
-    scratch. grid: ceil(t1 / knobs.rows) x col_blocks blocks of knobs.rows rows and ceil(C / col_blocks) columns of
-    T* x, all resident at once. Limits: t1 <= most_left, t2 <= most_right, m <= tokens, columns of a block <=
-    threads and times rows <= results.
-
-    A block mixes its rows with all of x, projects them on its columns, keeps the results in shared memory, waits
-    until every block has published its peak, and rounds.
+    x `dtype` (m, IC) 16-byte aligned, in_scale f32 (IC,) or (1,) for none, bound f32 (1,), left and right as above
+    -> planes int8 (KB, 4, COLS, 64) or (KB, 16, COLS, 16), totals int32 (P, m) what each block adds to the sums of
+    z, z_scale f32 (m, 1). Planes: column k = 256 b + 64 q + 16 s + 4 t + e of token c is bytes [b, q, 2 c and
+    2 c + 1, 16 s + 4 t + e], or [b, 4 q + t, 2 c and 2 c + 1, 4 s + e] as the warp groups read it, the high and the
+    low byte of z = 256 h + l (codegen/tensorcore_sign.py); columns past K are never written: their signs are 0
+    bits, so that they count for nothing. Then the integers grid = ceil(m / knobs.group) P, row_blocks, t1, t2, C;
+    P = row_blocks ceil(ceil(C / 16) / knobs.tiles). Limits: t1 <= most_left, t2 <= most_right, m <= tokens, t2 and
+    IC multiples of 8.
     """
-    R, THREADS = knobs.rows, knobs.threads
+    WARPS, GROUP, TILES, UNITS, AHEAD = knobs.warps, knobs.group, knobs.tiles, knobs.units, knobs.ahead
+    THREADS = WARPS * 32
     KIND = KINDS[dtype]
+    RAW = 8 if KIND == 0 else 4
+    ITEMS = GROUP * UNITS
+    DEPTH = knobs.left_depth
+    KA_MOST = (knobs.most_left + 15) // 16
+    KJ_MOST = (knobs.most_right + 31) // 32 * 2
 
     @T.prim_func
     def function(
-        x_arg: T.handle, in_scale_arg: T.handle, left_arg: T.handle, right_arg: T.handle, planes_arg: T.handle,
-        totals_arg: T.handle, z_scale_arg: T.handle, state_arg: T.handle, found_arg: T.handle, grid: T.int32,
-        col_blocks: T.int32,
+        x_arg: T.handle, in_scale_arg: T.handle, bound_arg: T.handle, left_arg: T.handle, right_arg: T.handle,
+        planes_arg: T.handle, totals_arg: T.handle, z_scale_arg: T.handle, grid: T.int32, row_blocks: T.int32,
+        t1: T.int32, t2: T.int32, C: T.int32,
     ) -> None:  # fmt: skip
         T.func_attr({"tirx.noalias": True, "global_symbol": symbol})
         m = T.int32()
         IC = T.int32()
         SC = T.int32()
-        t1 = T.int32()
-        t2 = T.int32()
-        C = T.int32()
+        NT = T.int32()
+        KA = T.int32()
+        CT = T.int32()
+        KJ = T.int32()
         KB = T.int32()
         COLS = T.int32()
-        room = T.int32()
-        x = T.match_buffer(x_arg, (m, IC), dtype, align=2)
+        PIECES = T.int32()
+        WIDE = T.int32()
+        P = T.int32()
+        x = T.match_buffer(x_arg, (m, IC), dtype, align=16)
         in_scale = T.match_buffer(in_scale_arg, (SC,), "float32", align=4)
-        left = T.match_buffer(left_arg, (t1, t1), "float32", align=4)
-        right = T.match_buffer(right_arg, (t2, C), "float32", align=4)
-        planes = T.match_buffer(planes_arg, (KB, 4, COLS, 64), "int8", align=16)
-        totals = T.match_buffer(totals_arg, (grid, m), "int32", align=4)
+        bound = T.match_buffer(bound_arg, (1,), "float32", align=4)
+        left = T.match_buffer(left_arg, (NT, KA, 32, 4), "int32", align=16)
+        right = T.match_buffer(right_arg, (CT, KJ, 2, 32, 4), "int32", align=16)
+        planes = T.match_buffer(planes_arg, (KB, PIECES, COLS, WIDE), "int8", align=16)
+        totals = T.match_buffer(totals_arg, (P, m), "int32", align=4)
         z_scale = T.match_buffer(z_scale_arg, (m, 1), "float32", align=4)
-        state = T.match_buffer(state_arg, (16,), "int32", align=4)
-        found = T.match_buffer(found_arg, (room,), "int32", align=4)
         T.device_entry()
         bx = T.cta_id([grid])
         tx = T.thread_id([THREADS])
         T.attr(0, "tirx.launch_bounds_min_blocks_per_sm", knobs.blocks_per_processor)
         pool = T.SMEMPool()
-        rows_s = pool.alloc((knobs.most_left * R,), "float32", align=16)  # left, transposed
-        mixed = pool.alloc((knobs.most_right * R,), "float32", align=16)
-        parts = pool.alloc((THREADS * R,), "float32", align=16)
-        real = pool.alloc((knobs.tokens * knobs.results,), "float32", align=16)
-        peaks = pool.alloc((knobs.tokens,), "int32", align=16)
-        sums = pool.alloc((knobs.tokens,), "int32", align=16)
+        right_s = pool.alloc((TILES * KJ_MOST * 256,), "uint32", align=16)
+        mixed = pool.alloc((GROUP * TILES * KA_MOST * 256,), "uint32", align=16)
+        squares = pool.alloc((GROUP * WARPS,), "float32", align=16)
+        sums = pool.alloc((GROUP,), "int32", align=16)
         pool.commit(knobs.shared_bytes())
-        acc = T.alloc_local((R,), "float32")
-        xs = T.alloc_local((8,), "float32")
+        raw = T.alloc_local((ITEMS * AHEAD * RAW,), "uint32")
+        w = T.alloc_local((TILES * 8,), "uint32")
+        b = T.alloc_local((8,), "uint32")
+        part = T.alloc_local((ITEMS * TILES * 8,), "float32")
+        rows = T.alloc_local((DEPTH * 4,), "uint32")
+        norm = T.alloc_local((GROUP,), "float32")
 
-        i0: T.int32 = T.truncdiv(bx, col_blocks) * R
-        rows: T.int32 = T.min(t1 - i0, R)
-        c0: T.int32 = T.truncdiv(T.truncmod(bx, col_blocks) * C, col_blocks)
-        width: T.int32 = T.truncdiv((T.truncmod(bx, col_blocks) + 1) * C, col_blocks) - c0
-        for i in T.serial((t1 * R + THREADS - 1) // THREADS):
-            at: T.int32 = i * THREADS + tx
-            if at < t1 * R:
-                rows_s[at] = T.float32(0)
-                if at % R < rows:
-                    rows_s[at] = left[i0 + at % R, at // R]
-        if tx < knobs.tokens:
-            peaks[tx] = 0
-            sums[tx] = 0
+        lane: T.let[T.int32] = tx % 32
+        warp: T.let[T.int32] = tx // 32
+        which: T.int32 = T.truncmod(bx, P)
+        token0: T.int32 = T.truncdiv(bx, P) * GROUP
+        row_block: T.int32 = T.truncmod(which, row_blocks)
+        tile0: T.int32 = T.truncdiv(which, row_blocks) * TILES
+        n0: T.int32 = T.truncdiv(row_block * NT, row_blocks)
+        n1: T.int32 = T.truncdiv((row_block + 1) * NT, row_blocks)
         if knobs.dependent_launch:
-            T.cuda.func_call("liftc_dependent_launch", source_code=device.DEPENDENT_LAUNCH)
-        T.cuda.cta_sync()
-        slices: T.int32 = T.max(T.truncdiv(THREADS, t2), 1)
-        depth: T.int32 = T.truncdiv(t1 + slices - 1, slices)
-        cuts: T.int32 = T.truncdiv(THREADS, width)
-        reach: T.int32 = T.truncdiv(t2 + cuts - 1, cuts)
-        for token in T.serial(m):
-            # mixed[j, r] = sum over a of left[i0 + r, a] x[a t2 + j]; slices of the threads share the sum.
-            for tile in T.serial((t2 + THREADS - 1) // THREADS):
-                s: T.int32 = T.truncdiv(tx, T.min(t2, THREADS))
-                j: T.int32 = tile * THREADS + tx - s * T.min(t2, THREADS)
-                for r in T.unroll(R):
-                    acc[r] = T.float32(0)
-                if s < slices and j < t2:
-                    first: T.int32 = s * depth
-                    stop: T.int32 = T.min(t1, first + depth)
-                    for a8 in T.serial((stop - first + 7) // 8):
-                        for u in T.unroll(8):
-                            xs[u] = T.float32(0)
-                            k: T.int32 = (first + a8 * 8 + u) * t2 + j
-                            if first + a8 * 8 + u < stop and k < IC:
-                                xs[u] = T.cuda.func_call(
-                                    "liftc_load_x", x.ptr_to([token, k]), KIND,
-                                    source_code=device.LOAD_X, return_type="float32",
-                                )  # fmt: skip
-                                if SC > 1:
-                                    xs[u] = xs[u] * in_scale[k]
-                        for u in T.unroll(8):
-                            for r in T.unroll(R):
-                                acc[r] = acc[r] + xs[u] * rows_s[T.min(first + a8 * 8 + u, t1 - 1) * R + r]
-                for r in T.unroll(R):
-                    parts[tx * R + r] = acc[r]
-                T.cuda.cta_sync()
-                j2: T.int32 = tile * THREADS + tx
-                if tx < T.min(t2, THREADS) and j2 < t2:
-                    for r in T.unroll(R):
-                        acc[r] = T.float32(0)
-                    for q in T.serial(slices):
-                        for r in T.unroll(R):
-                            acc[r] = acc[r] + parts[(q * T.min(t2, THREADS) + tx) * R + r]
-                    for r in T.unroll(R):
-                        mixed[j2 * R + r] = acc[r]
-                T.cuda.cta_sync()
-            # real[r, c] = sum over j of mixed[j, r] right[j, c0 + c]; cuts of the threads share the sum.
-            cut: T.int32 = T.truncdiv(tx, width)
-            col: T.int32 = tx - cut * width
-            for r in T.unroll(R):
-                acc[r] = T.float32(0)
-            if cut < cuts:
-                begin: T.int32 = cut * reach
-                end: T.int32 = T.min(t2, begin + reach)
-                for j8 in T.serial((end - begin + 7) // 8):
-                    for u in T.unroll(8):
-                        xs[u] = T.float32(0)
-                        if begin + j8 * 8 + u < end:
-                            xs[u] = right[begin + j8 * 8 + u, c0 + col]
-                    for u in T.unroll(8):
-                        for r in T.unroll(R):
-                            acc[r] = acc[r] + xs[u] * mixed[T.min(begin + j8 * 8 + u, t2 - 1) * R + r]
-            for r in T.unroll(R):
-                parts[tx * R + r] = acc[r]
-            T.cuda.cta_sync()
-            peak: T.int32 = 0
-            for i in T.serial((rows * width - tx + THREADS - 1) // THREADS):
-                at2: T.int32 = i * THREADS + tx
-                r2: T.int32 = T.truncdiv(at2, width)
-                value: T.float32 = T.float32(0)
-                for q in T.serial(cuts):
-                    value = value + parts[(q * width + at2 - r2 * width) * R + r2]
-                real[token * knobs.results + at2] = value
-                peak = T.max(peak, T.reinterpret("int32", value) & 0x7FFFFFFF)
-            T.cuda.func_call(
-                "liftc_warp_max", peaks.ptr_to([token]), peak, tx % 32, source_code=device.WARP_MAX
+            T.cuda.func_call("liftc_dependent_start", source_code=device.DEPENDENT_START)
+        vectors: T.int32 = T.min(CT - tile0, TILES) * KJ * 64
+        for i in T.serial((vectors - tx + THREADS - 1) // THREADS):
+            T.ptx["cp.async.cg.shared.global"](
+                right_s.ptr_to([(i * THREADS + tx) * 4]),
+                right.ptr_to([tile0, 0, 0, 0, (i * THREADS + tx) * 4]),
+                16,
             )
-            T.cuda.cta_sync()
-        if tx < m:
+        T.ptx["cp.async.commit_group"]()
+        for i in T.serial((n1 - n0 - warp + WARPS - 1) // WARPS):
             T.cuda.func_call(
-                "liftc_publish", found.ptr_to([bx * m + tx]), peaks[tx], source_code=device.PUBLISH
-            )
+                "liftc_prefetch", left.ptr_to([n0 + i * WARPS + warp, 0, 0, 0]), KA * 512, lane,
+                source_code=device.PREFETCH,
+            )  # fmt: skip
+        largest: T.float32 = bound[0]
+        if tx < GROUP:
+            sums[tx] = 0
+        T.ptx["cp.async.wait_group"](0)
+        if knobs.dependent_launch:
+            T.cuda.func_call("liftc_dependent_wait", source_code=device.DEPENDENT_WAIT)
         T.cuda.cta_sync()
-        if tx == 0:
-            T.cuda.func_call("liftc_grid_sync", state.ptr_to([0]), grid, source_code=device.GRID_SYNC)
-        T.cuda.cta_sync()
-        for token in T.serial(m):
-            highest: T.int32 = 0
-            for i in T.serial((grid - tx + THREADS - 1) // THREADS):
-                highest = T.max(
-                    highest,
+
+        # P' for the rows a of X: 8 of them to a unit, units in turn by warp.
+        for t in T.unroll(GROUP):
+            norm[t] = T.float32(0)
+        for turn in T.serial((2 * KA + WARPS * UNITS - 1) // (WARPS * UNITS)):
+            for q in T.unroll(ITEMS * TILES * 8):
+                part[q] = T.float32(0)
+            for step in T.serial((KJ // 2 + AHEAD - 1) // AHEAD):
+                for s in T.unroll(AHEAD):
+                    for t in T.unroll(GROUP):
+                        for u in T.unroll(UNITS):
+                            a: T.let[T.int32] = ((turn * UNITS + u) * WARPS + warp) * 8 + lane // 4
+                            j: T.let[T.int32] = (step * AHEAD + s) * 32 + lane % 4 * 8
+                            T.cuda.func_call(
+                                "liftc_load_x8", x.ptr_to([token0 + t, a * t2 + j]), KIND,
+                                T.Cast("int32", T.And(
+                                    T.And(a < t1, j < t2), T.And(a * t2 + j < IC, token0 + t < m)
+                                )),
+                                raw.ptr_to([((t * UNITS + u) * AHEAD + s) * RAW]), source_code=device.LOAD_X8,
+                            )  # fmt: skip
+                for s in T.unroll(AHEAD):
+                    if step * AHEAD + s < KJ // 2:
+                        for half in T.unroll(2):
+                            for c in T.unroll(TILES):
+                                for part_of in T.unroll(2):
+                                    T.cuda.func_call(
+                                        "liftc_load_words",
+                                        right_s.ptr_to([
+                                            ((c * KJ + (step * AHEAD + s) * 2 + half) * 2 + part_of) * 128 + lane * 4
+                                        ]),
+                                        w.ptr_to([c * 8 + part_of * 4]), source_code=device.LOAD_WORDS,
+                                    )  # fmt: skip
+                            for t in T.unroll(GROUP):
+                                for u in T.unroll(UNITS):
+                                    a2: T.let[T.int32] = ((turn * UNITS + u) * WARPS + warp) * 8 + lane // 4
+                                    k2: T.let[T.int32] = (
+                                        a2 * t2 + (step * AHEAD + s) * 32 + lane % 4 * 8 + half * 4
+                                    )
+                                    norm[t] = norm[t] + T.cuda.func_call(
+                                        "liftc_split_x4", raw.ptr_to([((t * UNITS + u) * AHEAD + s) * RAW]), KIND,
+                                        half, in_scale.ptr_to([T.Select(T.And(SC > 1, k2 < IC), k2, 0)]),
+                                        T.Cast("int32", SC > 1), b.ptr_to([0]),
+                                        source_code=device.BF16, return_type="float32",
+                                    )  # fmt: skip
+                                    for c in T.unroll(TILES):
+                                        at: T.let[T.int32] = ((t * UNITS + u) * TILES + c) * 8
+                                        T.cuda.func_call(
+                                            "liftc_mma_bf16", part.ptr_to([at]), w.ptr_to([c * 8]), b[0], b[1],
+                                            source_code=device.MMA_BF16,
+                                        )  # fmt: skip
+                                        T.cuda.func_call(
+                                            "liftc_mma_bf16", part.ptr_to([at + 4]), w.ptr_to([c * 8 + 4]), b[0],
+                                            b[1], source_code=device.MMA_BF16,
+                                        )  # fmt: skip
+                                        if KIND != 2 or SC > 1:
+                                            T.cuda.func_call(
+                                                "liftc_mma_bf16", part.ptr_to([at + 4]), w.ptr_to([c * 8]), b[2],
+                                                b[3], source_code=device.MMA_BF16,
+                                            )  # fmt: skip
+            for t in T.unroll(GROUP):
+                for u in T.unroll(UNITS):
+                    unit: T.let[T.int32] = (turn * UNITS + u) * WARPS + warp
+                    for c in T.unroll(TILES):
+                        if unit < 2 * KA:
+                            T.cuda.func_call(
+                                "liftc_store_mixed", part.ptr_to([((t * UNITS + u) * TILES + c) * 8]),
+                                mixed.ptr_to([
+                                    ((t * TILES + c) * KA + unit // 2) * 256 + lane * 4 + unit % 2 * 2
+                                ]),
+                                source_code=device.BF16,
+                            )  # fmt: skip
+
+        @T.inline
+        def bring(tile, depth):
+            for g in T.unroll(DEPTH):
+                if tile < n1 and depth * DEPTH + g < KA:
                     T.cuda.func_call(
-                        "liftc_published", found.ptr_to([(i * THREADS + tx) * m + token]),
-                        source_code=device.PUBLISHED, return_type="int32",
-                    ),
-                )  # fmt: skip
+                        "liftc_load_words", left.ptr_to([tile, depth * DEPTH + g, lane, 0]), rows.ptr_to([g * 4]),
+                        source_code=device.LOAD_WORDS,
+                    )  # fmt: skip
+
+        bring(n0 + warp, 0)
+        for t in T.unroll(GROUP):
             T.cuda.func_call(
-                "liftc_warp_max", peaks.ptr_to([token]), highest, tx % 32, source_code=device.WARP_MAX
+                "liftc_warp_sum",
+                norm[t],
+                squares.ptr_to([t * WARPS + warp]),
+                lane,
+                source_code=device.WARP_SUM,
             )
         T.cuda.cta_sync()
-        for token in T.serial(m):
-            total: T.int32 = 0
-            for i in T.serial((rows * width - tx + THREADS - 1) // THREADS):
-                at3: T.int32 = i * THREADS + tx
-                r3: T.int32 = T.truncdiv(at3, width)
-                k3: T.int32 = (i0 + r3) * C + c0 + at3 - r3 * width
-                total = total + T.cuda.func_call(
-                    "liftc_round", real[token * knobs.results + at3], peaks[token],
-                    planes.ptr_to([k3 // 256, k3 // 64 % 4, 2 * token, k3 % 64]),
-                    source_code=device.ROUND, return_type="int32",
-                )  # fmt: skip
-            T.cuda.func_call(
-                "liftc_warp_add", sums.ptr_to([token]), total, tx % 32, source_code=device.WARP_ADD
+        for t in T.unroll(GROUP):
+            norm[t] = T.float32(0)
+            for q in T.unroll(WARPS):
+                norm[t] = norm[t] + squares[t * WARPS + q]
+            norm[t] = T.cuda.func_call(
+                "liftc_z_scale", norm[t], largest, source_code=device.Z_SCALE, return_type="float32"
             )
-            if bx == 0 and tx == 0:
-                z_scale[token, 0] = T.cuda.func_call(
-                    "liftc_scale", peaks[token], source_code=device.SCALE, return_type="float32"
-                )
+            if which == 0 and tx == 0 and token0 + t < m:
+                z_scale[token0 + t, 0] = norm[t]
+
+        # Z' for the rows of T* x: 8 of them to a warp at a time.
+        for i in T.serial((n1 - n0 - warp + WARPS - 1) // WARPS):
+            for q in T.unroll(GROUP * TILES * 8):
+                part[q] = T.float32(0)
+            for depth in T.serial((KA + DEPTH - 1) // DEPTH):
+                if i + depth > 0:
+                    bring(n0 + i * WARPS + warp, depth)
+                for g in T.unroll(DEPTH):
+                    if depth * DEPTH + g < KA:
+                        for t in T.unroll(GROUP):
+                            for c in T.unroll(TILES):
+                                for part_of in T.unroll(2):
+                                    T.cuda.func_call(
+                                        "liftc_load_words",
+                                        mixed.ptr_to([
+                                            ((t * TILES + c) * KA + depth * DEPTH + g) * 256 + part_of * 128 + lane * 4
+                                        ]),
+                                        w.ptr_to([part_of * 4]), source_code=device.LOAD_WORDS,
+                                    )  # fmt: skip
+                                at4: T.let[T.int32] = (t * TILES + c) * 8
+                                T.cuda.func_call(
+                                    "liftc_mma_bf16", part.ptr_to([at4]), w.ptr_to([0]), rows[g * 4],
+                                    rows[g * 4 + 1], source_code=device.MMA_BF16,
+                                )  # fmt: skip
+                                T.cuda.func_call(
+                                    "liftc_mma_bf16", part.ptr_to([at4 + 4]), w.ptr_to([4]), rows[g * 4],
+                                    rows[g * 4 + 1], source_code=device.MMA_BF16,
+                                )  # fmt: skip
+                                T.cuda.func_call(
+                                    "liftc_mma_bf16", part.ptr_to([at4 + 4]), w.ptr_to([0]), rows[g * 4 + 2],
+                                    rows[g * 4 + 3], source_code=device.MMA_BF16,
+                                )  # fmt: skip
+            for t in T.unroll(GROUP):
+                total: T.int32 = 0
+                for c in T.unroll(TILES):
+                    for q in T.unroll(4):
+                        row: T.let[T.int32] = (n0 + i * WARPS + warp) * 8 + lane % 4 * 2 + q % 2
+                        column: T.let[T.int32] = (tile0 + c) * 16 + lane // 4 + q // 2 * 8
+                        k: T.let[T.int32] = row * C + column
+                        if row < t1 and column < C and token0 + t < m:
+                            total = total + T.cuda.func_call(
+                                "liftc_round", part[(t * TILES + c) * 8 + q] + part[(t * TILES + c) * 8 + 4 + q],
+                                norm[t], planes.ptr_to([0, 0, 0, 0]), k, 2 * (token0 + t), COLS, PIECES,
+                                source_code=device.ROUND, return_type="int32",
+                            )  # fmt: skip
+                T.cuda.func_call("liftc_warp_add", sums.ptr_to([t]), total, lane, source_code=device.WARP_ADD)
         T.cuda.cta_sync()
-        if tx < m:
-            totals[bx, tx] = sums[tx]
+        if tx < GROUP and token0 + tx < m:
+            totals[which, token0 + tx] = sums[tx]
 
     if knobs.dependent_launch:
         function = function.with_attr("tirx.kernel_launch_params", ["tirx.use_programtic_dependent_launch"])
-    return function
-
-
-def split_z(symbol: str) -> Any:
-    """PrimFunc z int16 (m, K) -> planes int8 (KB, 4, COLS, 64), totals int32 (1, m). One block per token.
-
-    z needs 16-byte alignment where K % 8 == 0. |z| <= 16383.
-    """
-
-    @T.prim_func
-    def function(z_arg: T.handle, planes_arg: T.handle, totals_arg: T.handle) -> None:
-        T.func_attr({"tirx.noalias": True, "global_symbol": symbol})
-        m = T.int32()
-        K = T.int32()
-        KB = T.int32()
-        COLS = T.int32()
-        z = T.match_buffer(z_arg, (m, K), "int16", align=2)
-        planes = T.match_buffer(planes_arg, (KB, 4, COLS, 64), "int8", align=16)
-        totals = T.match_buffer(totals_arg, (1, m), "int32", align=4)
-        T.device_entry()
-        token = T.cta_id([m])
-        tx = T.thread_id([1024])
-        pool = T.SMEMPool()
-        total = pool.alloc((1,), "int32", align=16)
-        pool.commit(16)
-        v = T.alloc_local((4,), "uint32")
-        if tx == 0:
-            total[0] = 0
-        T.cuda.cta_sync()
-        part: T.int32 = 0
-        for i in T.serial((KB * 32 - tx + 1023) // 1024):
-            at: T.int32 = i * 1024 + tx
-            for e in T.unroll(4):
-                v[e] = T.uint32(0)
-            T.cuda.func_call(
-                "liftc_load_z", z.ptr_to([token, 0]), at * 8, K, v.ptr_to([0]), source_code=device.LOAD_Z
-            )
-            part = part + T.cuda.func_call(
-                "liftc_store_planes", v[0], v[1], v[2], v[3],
-                planes.ptr_to([at // 32, at // 8 % 4, 2 * token, at % 8 * 8]),
-                source_code=device.STORE_PLANES, return_type="int32",
-            )  # fmt: skip
-        T.cuda.func_call("liftc_warp_add", total.ptr_to([0]), part, tx % 32, source_code=device.WARP_ADD)
-        T.cuda.cta_sync()
-        if tx == 0:
-            totals[0, token] = total[0]
-
     return function

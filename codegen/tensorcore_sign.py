@@ -12,7 +12,7 @@ value fits, so results do not depend on tiles, warps or blocks.
 Blocks. Block x of `grid` owns consecutive row blocks of 16 rows and all columns. The columns are cut into chunks
 whose planes of z pass through a few buffers in shared memory; in a chunk the warps share the block's tiles evenly,
 each streaming through a ring of its own, which runs on across chunks. Before the dependent-launch wait a block
-reads signs only: they are in flight while the kernel before computes z.
+reads signs and their scales only: they are in flight while the kernel before computes z.
 """
 
 from __future__ import annotations
@@ -79,6 +79,7 @@ def sign_matmul_tiled(symbol: str, knobs: TensorCoreKnobs) -> Any:
         ready = pool.alloc((BUFFERS,), "uint64", align=16)
         total = pool.alloc((knobs.tokens,), "int32", align=16)
         token_scale = pool.alloc((knobs.tokens,), "float32", align=16)
+        row_scale = pool.alloc((ROWS,), "float32", align=16)
         pool.commit(SMEM)
         acc = T.alloc_local((PAIR * NT * SETS * 4,), "uint32")
         w = T.alloc_local((PAIR * 4,), "uint32")
@@ -146,6 +147,8 @@ def sign_matmul_tiled(symbol: str, knobs: TensorCoreKnobs) -> Any:
             T.ptx["cp.async.commit_group"]()
             fill = T.Select(fill == (RING - 1) * SLOT, 0, fill + SLOT)
 
+        if knobs.dependent_launch:
+            T.cuda.func_call("liftc_dependent_start", source_code=device.DEPENDENT_START)
         advance()
         for i in T.serial(RING - 1):
             issue()
@@ -160,6 +163,9 @@ def sign_matmul_tiled(symbol: str, knobs: TensorCoreKnobs) -> Any:
         for i in T.serial((knobs.tokens * SUMS + THREADS - 1) // THREADS):
             if i * THREADS + tx < knobs.tokens * SUMS:
                 sums[i * THREADS + tx] = 0
+        for i in T.serial((blocks * 16 - tx + THREADS - 1) // THREADS):
+            if row0 * 16 + i * THREADS + tx < OC:
+                row_scale[i * THREADS + tx] = scale[row0 * 16 + i * THREADS + tx]
         if tx < knobs.tokens:
             total[tx] = 0
         if tx < BUFFERS:
@@ -168,7 +174,7 @@ def sign_matmul_tiled(symbol: str, knobs: TensorCoreKnobs) -> Any:
             )
         T.cuda.cta_sync()
         if knobs.dependent_launch:
-            T.cuda.func_call("liftc_dependent_launch", source_code=device.DEPENDENT_LAUNCH)
+            T.cuda.func_call("liftc_dependent_wait", source_code=device.DEPENDENT_WAIT)
 
         @T.inline
         def fetch(which, buffer):
@@ -185,7 +191,9 @@ def sign_matmul_tiled(symbol: str, knobs: TensorCoreKnobs) -> Any:
 
         for c in T.serial(T.min(count, BUFFERS)):
             fetch(c, c)
-        for i in T.serial((m - warp + WARPS - 1) // WARPS):  # the sum of z and the scale, while z is on its way
+        for i in T.serial(
+            (m - warp + WARPS - 1) // WARPS
+        ):  # the sum of z and the scale, while z is on its way
             which_token: T.int32 = i * WARPS + warp
             part: T.int32 = 0
             for q in T.serial((P - lane + 31) // 32):
@@ -292,7 +300,7 @@ def sign_matmul_tiled(symbol: str, knobs: TensorCoreKnobs) -> Any:
                     T.cuda.func_call(
                         "liftc_store_y",
                         y.ptr_to([0]), T.Cast("int64", token) * OC + (row0 * 16 + row), kind,
-                        sums[token * SUMS + row], total[token], token_scale[token], scale[row0 * 16 + row],
+                        sums[token * SUMS + row], total[token], token_scale[token], row_scale[row],
                         source_code=device.STORE_Y,
                     )  # fmt: skip
 

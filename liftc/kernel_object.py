@@ -26,7 +26,8 @@ CPU_FEATURES: dict[str, tuple[str, ...]] = {
 """CPU flags (names of /proc/cpuinfo) that each psABI level adds to the one before it."""
 
 _LATER_FIELDS = (
-    "shared_bytes", "archs", "block_rows", "block_results", "most_left", "most_right", "knobs"
+    "shared_bytes", "archs", "block_rows", "block_results", "most_left", "most_right", "knobs", "plane_bytes",
+    "cluster_blocks",
 )  # fmt: skip
 """Fields of functions that descriptors of older builds lack."""
 
@@ -42,9 +43,11 @@ class KernelFunction:
     runtime takes the first whose limits hold: tokens at most `max_tokens` (0: no limit), and tokens,
     out_features and lifted_features multiples of `token_multiple`, `row_multiple` and `column_multiple`.
     CUDA: `shared_bytes` is the shared memory its launch asks for, `archs` the architectures it is compiled for,
-    separated by commas ("": all of the object), `block_rows` the row blocks (a lift: rows) one thread block takes at
-    most; a lift takes factors of at most `most_left` and `most_right` and `block_results` values per block and token.
-    `knobs` are the choices it was made with, "name=value" separated by blanks ("": it has none).
+    separated by commas ("": all of the object). `block_rows` and `block_results` are what one thread block takes at
+    most, row blocks of a product, or of a lift 16-column tiles and tokens; a lift takes factors of at most
+    `most_left` and `most_right`.
+    `knobs` are the choices it was made with, "name=value" separated by blanks ("": it has none). A product reads
+    planes in which `plane_bytes` bytes of a column lie together; `cluster_blocks` blocks share the rows of one.
     """
 
     symbol: str
@@ -62,6 +65,8 @@ class KernelFunction:
     most_left: int = 0
     most_right: int = 0
     knobs: str = ""
+    plane_bytes: int = 64
+    cluster_blocks: int = 1
 
     def accepts(self, tokens: int, out_features: int, lifted_features: int) -> bool:
         """Whether this function computes a call of these sizes."""
@@ -204,6 +209,8 @@ def _function(record: Any) -> KernelFunction:
     for name, value in values.items():
         if type(value) is not (str if name in ("symbol", "op", "dtype", "archs", "knobs") else int):
             raise ValueError(f"{name} of a function is {value!r}")
+    if values["plane_bytes"] not in (16, 64) or values["cluster_blocks"] < 1:
+        raise ValueError(f"planes of {values['plane_bytes']} bytes, clusters of {values['cluster_blocks']} blocks")
     return KernelFunction(**values)
 
 

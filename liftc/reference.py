@@ -13,6 +13,9 @@ from liftc.errors import LiftcError
 from liftc.packing import unpack_signs
 from liftc.spec import Z_MAX
 
+MOST_NOTHING = 2.0**-100
+"""Sums of squares and steps of z below this count as zero: they have no float32 inverse to rely on."""
+
 
 def lift_real(
     x: torch.Tensor, activation_scale: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor
@@ -32,20 +35,48 @@ def lift_real(
     return mixed.reshape(*x.shape[:-1], t1 * right.shape[1])
 
 
+def lift_bound(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """A bound of ||row k of T*|| for every k, float32 (): max_i ||left_i|| max_c ||right_:c||, rounded up.
+
+    Row k = (i, c) of T* is the Kronecker product of row i of `left` and column c of `right`, so the bound is the
+    largest norm itself. Computed in float64.
+    """
+    exact = left.double().norm(dim=1).amax() * right.double().norm(dim=0).amax()
+    rounded = exact.float()
+    return torch.where(
+        rounded.double() < exact, torch.nextafter(rounded, torch.full_like(rounded, torch.inf)), rounded
+    )
+
+
+def lift_scale(
+    x: torch.Tensor, activation_scale: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor
+) -> torch.Tensor:
+    """Step of the fixed-point numbers, float32 (..., 1): lift_bound ||x * activation_scale||_2 / 16383 per token.
+
+    By Cauchy and Schwarz no |T* x| exceeds 16383 steps. NaN where the sum of squares or the step is not finite in
+    float32, 0 where one of them is below 2^-100: a token of zeros, or next to nothing.
+    """
+    work = left.dtype if left.dtype == torch.float64 else torch.float32
+    scaled = x.to(work) if activation_scale is None else x.to(work) * activation_scale.to(work)
+    squares = scaled.double().square().sum(-1, keepdim=True).float()
+    scale = squares.sqrt() * (lift_bound(left, right) / Z_MAX)
+    scale = torch.where((squares < MOST_NOTHING) | (scale < MOST_NOTHING), 0.0, scale)
+    return torch.where(torch.isfinite(squares) & torch.isfinite(scale), scale, torch.nan)
+
+
 def lift(
     x: torch.Tensor, activation_scale: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Fixed-point lifted activation: z int16 (..., K) and z_scale float32 (..., 1), T* x ~ z * z_scale.
 
-    z_scale = max|T* x| / 16383 per token and z = round-half-even(T* x / z_scale); a token of zeros gives
-    z = 0 and z_scale = 0; a token with NaN or infinity gives z = 0 and z_scale = NaN.
+    z_scale as in lift_scale and z = round-half-even(T* x / z_scale), at most 16383 in magnitude; z = 0 where z_scale
+    is 0 (a token of zeros) or NaN (a token with NaN or infinity).
     """
     real = lift_real(x, activation_scale, left, right).float()
-    peak = real.abs().amax(-1, keepdim=True)
-    peak = torch.where(torch.isfinite(peak), peak, torch.nan)
-    scale = peak / Z_MAX
-    z = torch.nan_to_num(torch.round(real * (Z_MAX / peak)), nan=0.0, posinf=0.0, neginf=0.0)
-    return z.to(torch.int16), scale
+    scale = lift_scale(x, activation_scale, left, right)
+    inverse = torch.where(scale > 0, 1 / scale, 0.0)
+    z = torch.round(real * inverse).clamp(-Z_MAX, Z_MAX)
+    return torch.where(scale > 0, z, 0.0).nan_to_num(0.0).to(torch.int16), scale
 
 
 def sign_matmul(

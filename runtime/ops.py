@@ -16,6 +16,7 @@ import torch
 from liftc import ir, reference
 from liftc.errors import LiftcError
 from liftc.kernel_object import KernelFunction
+from liftc.runtime.factors import PerFactors, factor_bound
 from liftc.runtime.kernels import Kernels
 from liftc.runtime.planes import Planes
 from liftc.runtime.tiles import TiledSigns
@@ -53,7 +54,8 @@ class Ops:
         self._sign_matmul = _by_dtype(kernels, "sign_matmul")
         self._unpack = {dtype: table[0][1] for dtype, table in _by_dtype(kernels, "unpack_signs").items()}
         self.tiles = TiledSigns(kernels)
-        self._weight_first = WeightFirst(self.tiles, self._unpack)
+        self._weight_first = WeightFirst(kernels, self.tiles, self._unpack)
+        self._bound = PerFactors(factor_bound)
         self._ones: dict[tuple[torch.device, int], Tensor] = {}
         self._plan = lru_cache(maxsize=4096)(self._make_plan)
 
@@ -82,6 +84,7 @@ class Ops:
             flat = (x.reshape(1, tokens, features), z.view(1, tokens, width), z_scale.view(1, tokens, 1))
         limit = max(1, min(_MAX_GRID, CHUNK_BYTES // (4 * (t1 * t2 + width))))
         function = next(f for spec, f in self._lift[x.dtype] if spec.accepts(tokens, 0, 0))
+        bound = self._bound(left, right)
         for begin in range(0, tokens, limit):
             part = flat if tokens <= limit else tuple(t[:, begin : begin + limit] for t in flat)
             scratch: tuple[Tensor, ...] = ()
@@ -92,11 +95,11 @@ class Ops:
                     x.new_empty((n, width), dtype=torch.float32),
                 )
             try:
-                function(part[0], activation_scale, left, right, *scratch, part[1], part[2])
+                function(part[0], activation_scale, left, right, bound, *scratch, part[1], part[2])
             except _REFUSALS:
                 arguments = _contiguous(part[0], activation_scale, left, right)
                 try:
-                    function(*arguments, *scratch, part[1], part[2])
+                    function(*arguments, bound, *scratch, part[1], part[2])
                 except _REFUSALS as error:
                     raise _lift_mistake(x, activation_scale, left, right, error) from None
         return z, z_scale

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from liftc.errors import LiftcError
 from liftc.kernel_object import KernelFunction
+from liftc.runtime.factors import PerFactors, factor_words
 from liftc.runtime.kernels import Kernels
 from liftc.spec import DTYPES
 
 GROUP_COLUMNS = 256
-_SLOTS = 1 << 15
-_STATE_WORDS = 16
+LIFT_WARPS = 8
+"""Parts of 8 rows that a block of the lift works on at a time."""
+
 _REFUSALS = (TypeError, ValueError, RuntimeError)
 
 Tensor = torch.Tensor
@@ -40,62 +41,29 @@ class Planes:
         return self.totals.shape[1]
 
 
-class BarrierStates:
-    """Zeroed counters for kernels with a barrier of all blocks; a counter serves one launch at a time.
-
-    Launches on one stream follow each other, so they share a counter, and a stream waits for the one that used
-    lifts before it: two such kernels that each hold half of the GPU would wait for each other for ever. Launches
-    captured in CUDA graphs take a counter each, in turn; graphs of one GPU must not be replayed at the same time.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._slots = torch.zeros(_SLOTS, _STATE_WORDS, dtype=torch.int32, device=device)
-        torch.cuda.synchronize(device)
-        self._streams: dict[int, Tensor] = {}
-        self._last: torch.cuda.Stream | None = None
-        self._next = 0
-
-    def of_current_stream(self, device: torch.device) -> Tensor:
-        """int32 (16,) for a launch on the current stream of the device."""
-        if torch.cuda.is_current_stream_capturing():
-            return self._take()
-        stream = torch.cuda.current_stream(device)
-        if self._last is not None and self._last != stream:
-            stream.wait_stream(self._last)
-        self._last = stream
-        state = self._streams.get(stream.cuda_stream)
-        if state is None:
-            state = self._streams[stream.cuda_stream] = self._take()
-        return state
-
-    def _take(self) -> Tensor:
-        state = self._slots[self._next % _SLOTS]
-        self._next += 1
-        return state
-
-
 class PlaneKernels:
     """The kernels of one loaded object that make planes; `most_tokens` is 0 where the device has none."""
 
-    def __init__(self, kernels: Kernels, most_tokens: tuple[int, ...]) -> None:
-        """most_tokens: the batch sizes that the product kernels are made for, rising."""
+    def __init__(self, kernels: Kernels, products: tuple[KernelFunction, ...]) -> None:
+        """products: the kernels that read planes, in the order in which they are chosen, fewest tokens first."""
         functions = kernels.functions
         self._split = [functions[f.symbol] for f in kernels.of("split_z")]
         self._lift: dict[torch.dtype, list[tuple[KernelFunction, Callable[..., None]]]] = {}
         for f in kernels.of("lift_planes"):
             self._lift.setdefault(DTYPES[f.dtype], []).append((f, functions[f.symbol]))
-        self._sizes = most_tokens
-        self.most_tokens = most_tokens[-1] if most_tokens and self._split else 0
-        self._states: dict[torch.device, BarrierStates] = {}
+        self._products = products
+        self.most_tokens = products[-1].max_tokens if products and self._split else 0
+        self._words = PerFactors(factor_words)
         self._ones: dict[torch.device, Tensor] = {}
-        self._room: dict[torch.device, tuple[int, int]] = {}
+        self._processors: dict[torch.device, int] = {}
 
     def empty(
         self, lead: torch.Size, tokens: int, columns: int, device: torch.device, parts: int = 1
     ) -> Planes:
         """Planes to be filled by `parts` blocks, with room for the columns of the product kernel that reads them."""
-        size = next(s for s in self._sizes if tokens <= s)
-        shape = (-(-columns // GROUP_COLUMNS), 4, 2 * size, 64)
+        reader = next(f for f in self._products if f.accepts(tokens, 0, 0))
+        together = reader.plane_bytes
+        shape = (-(-columns // GROUP_COLUMNS), GROUP_COLUMNS // together, 2 * reader.max_tokens, together)
         data = torch.empty(shape, dtype=torch.int8, device=device)
         return Planes(data, torch.empty(parts, tokens, dtype=torch.int32, device=device), lead, columns)
 
@@ -116,58 +84,51 @@ class PlaneKernels:
         tokens = x.numel() // features if features else 0
         if not 0 < tokens <= self.most_tokens or left.dim() != 2 or right.dim() != 2:
             return None
-        t1, (t2, lifted) = left.shape[0], right.shape
-        if features > t1 * t2:
+        t1, t2 = left.shape[0], right.shape[0]
+        if features > t1 * t2 or features % 8 or t2 % 8 or not left.dtype == right.dtype == torch.float32:
             return None
         for spec, function in self._lift.get(x.dtype, ()):
             if spec.accepts(tokens, 0, 0) and t1 <= spec.most_left and t2 <= spec.most_right:
-                grid = self._grid(spec, t1, lifted, x.device)
-                if grid is not None:
-                    return self._lift_with(function, grid, tokens, x, activation_scale, left, right)
+                return self._lift_with(spec, function, tokens, x, activation_scale, left, right)
         return None
 
     def _lift_with(
-        self, function: Callable[..., None], grid: tuple[int, int], tokens: int, x: Tensor,
+        self, spec: KernelFunction, function: Callable[..., None], tokens: int, x: Tensor,
         activation_scale: Tensor | None, left: Tensor, right: Tensor,
     ) -> tuple[Planes, Tensor]:  # fmt: skip
-        device = x.device
-        states = self._states.get(device)
-        if states is None:
-            states = self._states[device] = BarrierStates(device)
-            self._ones[device] = torch.ones(1, device=device)
-        planes = self.empty(x.shape[:-1], tokens, left.shape[0] * right.shape[1], device, grid[0])
+        device, t1, (t2, lifted) = x.device, left.shape[0], right.shape
+        left_words, right_words, bound = self._words(left, right)
+        groups, column_blocks = -(-tokens // spec.block_results), -(-right_words.shape[0] // spec.block_rows)
+        # A warp takes 8 rows of T* x, a block at least one such part for each of its warps.
+        most_row_blocks = -(-left_words.shape[0] // LIFT_WARPS)
+        row_blocks = max(1, min(most_row_blocks, self._processors_of(device) // (groups * column_blocks)))
+        parts = row_blocks * column_blocks
+        planes = self.empty(x.shape[:-1], tokens, t1 * lifted, device, parts)
         z_scale = torch.empty(tokens, 1, dtype=torch.float32, device=device)
-        found = torch.empty(grid[0] * tokens, dtype=torch.int32, device=device)
-        scale = self._ones[device] if activation_scale is None else activation_scale.contiguous()
-        arguments = (x.reshape(tokens, -1).contiguous(), scale, left.contiguous(), right.contiguous())
+        scale = self._one_of(device) if activation_scale is None else _vectors(activation_scale)
+        arguments = (_vectors(x.reshape(tokens, -1)), scale, bound, left_words, right_words)
+        sizes = (groups * parts, row_blocks, t1, t2, lifted)
         try:
-            function(
-                *arguments,
-                planes.data,
-                planes.totals,
-                z_scale,
-                states.of_current_stream(device),
-                found,
-                *grid,
-            )
+            function(*arguments, planes.data, planes.totals, z_scale, *sizes)
         except _REFUSALS as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no reason given"]
             raise LiftcError(f"liftc.lift: the kernels refuse this call ({lines[-1]})") from None
         return planes, z_scale.view(*x.shape[:-1], 1)
 
-    def _grid(
-        self, spec: KernelFunction, left: int, lifted: int, device: torch.device
-    ) -> tuple[int, int] | None:
-        """(blocks, column blocks) of a lift, all resident at once, or None where they do not fit."""
-        room = self._room.get(device)
-        if room is None:
-            properties: Any = torch.cuda.get_device_properties(device)
-            shared = properties.shared_memory_per_multiprocessor
-            room = self._room[device] = (properties.multi_processor_count, shared)
-        rows = -(-left // spec.block_rows)
-        most_width = spec.block_results // spec.block_rows
-        for blocks in range(1, 1 + min(2, room[1] // (spec.shared_bytes + 1024))):
-            columns = min(room[0] * blocks // rows, lifted)
-            if columns and -(-lifted // columns) <= most_width:
-                return rows * columns, columns
-        return None
+    def _one_of(self, device: torch.device) -> Tensor:
+        one = self._ones.get(device)
+        if one is None:
+            one = self._ones[device] = torch.ones(1, device=device)
+        return one
+
+    def _processors_of(self, device: torch.device) -> int:
+        count = self._processors.get(device)
+        if count is None:
+            count = self._processors[device] = torch.cuda.get_device_properties(device).multi_processor_count
+        return count
+
+
+def _vectors(value: Tensor) -> Tensor:
+    """Dense and at a multiple of 16 bytes."""
+    value = value.contiguous()
+    return value.clone() if value.data_ptr() % 16 else value

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <functional>
 #include <vector>
 
@@ -94,4 +95,11 @@ inline int __shfl_down_sync(uint, int value, int delta, int) {
   int result = warp.values[lane + delta < 32 ? lane + delta : lane];
   block::meet(warp);
   return result;
+}
+inline float __shfl_down_sync(uint mask, float value, int delta, int width) {
+  int bits;
+  std::memcpy(&bits, &value, 4);
+  bits = __shfl_down_sync(mask, bits, delta, width);
+  std::memcpy(&value, &bits, 4);
+  return value;
 }

@@ -122,6 +122,8 @@ inline int __reduce_add_sync(uint, int value) {
 inline void atomicAdd(int* at, int value) { *at = int(uint32_t(*at) + uint32_t(value)); }
 inline uint32_t __shfl_sync(uint32_t, uint32_t value, int, int) { return value; }
 inline void liftc_dependent_launch() {}
+inline void liftc_dependent_start() {}
+inline void liftc_dependent_wait() {}
 inline void liftc_prefetch(const void* from, int bytes, int lane) {
   if (lane == 0 && bytes > 0) warp::inside(from, bytes);
 }
@@ -159,18 +161,6 @@ inline void liftc_load_z(const void* row, int column, int columns, void* out) {
     }
 }
 inline int liftc_load_word(const void* at) { return *static_cast<const int*>(at); }
-inline float liftc_load_x(const void* from, int) { return *static_cast<const float*>(from); }
-inline void liftc_publish(void* at, int value) { *static_cast<int*>(at) = value; }
-inline int liftc_published(const void* at) { return *static_cast<const int*>(at); }
-inline void liftc_grid_sync(void* state, int blocks) {
-  int* count = static_cast<int*>(state);
-  int before = count[1];
-  if (++count[0] == blocks) {
-    count[0] = 0;
-    ++count[1];
-  }
-  while (count[1] == before) block::give_way();
-}
 inline void liftc_store_y(void* y, long long at, int, int set, int total, float token_scale, float scale) {
   float sum = float(int(2u * uint32_t(set) - uint32_t(total)));
   static_cast<float*>(y)[at] = (sum * token_scale) * scale;

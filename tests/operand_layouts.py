@@ -50,3 +50,12 @@ def group_planes(z: torch.Tensor, columns: int) -> torch.Tensor:
         torch.int8
     )
     return planes
+
+
+def halves() -> tuple[torch.Tensor, torch.Tensor]:
+    """x (1, 9) of norm 64 and right (9, 9) with a largest column of 2047.875: the step of z is exactly 8.
+
+    With left = 1, T* x in steps is 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 6.5, 2 and 1023.9375.
+    """
+    x = torch.tensor([[4.0, 12.0, 20.0, -4.0, -12.0, -20.0, 52.0, 16.0, 4.0]])
+    return x, torch.diag(torch.tensor([1.0] * 8 + [2047.875]))

@@ -1,0 +1,51 @@
+// What the tensor-core lift needs beyond cuda_half_emulator.h: loads of x that stay inside it, bfloat16 mma of a whole
+// warp with float sums, and rounding as CUDA names it.
+#pragma once
+#include "cuda_half_emulator.h"
+
+#include <array>
+
+struct alignas(16) float4 { float x, y, z, w; };
+inline unsigned liftc_pack_bf16(float low, float high) { return bfloat_bits(low) | bfloat_bits(high) << 16; }
+inline float liftc_from_half(unsigned bits) { return half_value(bits); }
+inline float __uint_as_float(uint32_t bits) { float value; std::memcpy(&value, &bits, 4); return value; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fsqrt_rn(float a) { return std::sqrt(a); }
+inline float __shfl_xor_sync(uint, float value, int mask) {
+  block::Meeting& warp = block::warps[block::current / 32];
+  int lane = block::current % 32, bits;
+  std::memcpy(&bits, &value, 4);
+  warp.values[lane] = bits;
+  block::meet(warp);
+  float other;
+  std::memcpy(&other, &warp.values[lane ^ mask], 4);
+  block::meet(warp);
+  return other;
+}
+inline void liftc_load_x8(const void* from, int kind, int inside, void* out) {
+  size_t size = kind == 0 ? 32 : 16;
+  std::memset(out, 0, size);
+  if (inside && reinterpret_cast<uintptr_t>(from) % 16) ++warp::bad_reads;
+  if (inside && warp::inside(from, size)) std::memcpy(out, from, size);
+}
+inline void liftc_load_words(const void* from, void* out) { std::memcpy(out, from, 16); }
+inline void liftc_mma_bf16(void* sums, const void* first, unsigned b0, unsigned b1) {
+  int w = block::current / 32, lane = block::current % 32;
+  static std::vector<std::array<uint32_t, 6>> operands;
+  if (operands.size() < block::fibers.size()) operands.resize(block::fibers.size());
+  std::memcpy(operands[block::current].data(), first, 16);
+  operands[block::current][4] = b0, operands[block::current][5] = b1;
+  block::meet(block::warps[w]);
+  float* d = static_cast<float*>(sums);
+  for (int q = 0; q < 4; ++q) {
+    int row = lane / 4 + q / 2 * 8, column = lane % 4 * 2 + q % 2;
+    for (int k = 0; k < 16; ++k) {  // PTX ISA, fragments of mma.m16n8k16 for .bf16
+      int from = k % 8 / 2, shift = k % 2 * 16;
+      uint32_t av = operands[w * 32 + row % 8 * 4 + from][row / 8 + k / 8 * 2] >> shift;
+      uint32_t bv = operands[w * 32 + column * 4 + from][4 + k / 8] >> shift;
+      d[q] += __uint_as_float(av << 16) * __uint_as_float(bv << 16);
+    }
+  }
+  block::meet(block::warps[w]);
+}

@@ -1,0 +1,180 @@
+"""The tensor-core lift, run on the CPU by an emulator of warps, against liftc/reference.py in float64.
+
+What a GPU adds is in test_tiles_gpu.py.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from emulated_kernels import Emulated
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from operand_layouts import group_planes, z_of
+
+from liftc import reference
+from liftc.format import LiftFormat
+from liftc.kernel_object import KernelFunction
+from liftc.runtime.factors import factor_words
+from liftc.spec import Z_MAX, transform_shape
+
+pytest.importorskip("tvm", reason="kernels are built with TVM")
+from liftc.codegen import library, tensorcore_device, tensorcore_lift
+from liftc.codegen.build_cuda import tirx_source
+from liftc.codegen.knobs import LiftKnobs
+
+SMALL = {"most_left": 64, "most_right": 128}
+KNOBS = {
+    "one": LiftKnobs(1, ahead=2, left_depth=2, warps=2, **SMALL),
+    "pair": LiftKnobs(6, group=2, units=1, left_depth=1, warps=3, **SMALL),
+    "wide": LiftKnobs(6, group=3, tiles=2, units=2, ahead=1, left_depth=4, warps=2, **SMALL),
+}
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+KERNELS = [("one", d) for d in DTYPES] + [("pair", "bfloat16"), ("pair", "float32"), ("wide", "float16")]
+SHAPES = (
+    (72, LiftFormat(19, 8)), (40, LiftFormat(24, 16)), (8, LiftFormat(9, 8)), (608, LiftFormat(40, 16)),
+    (800, LiftFormat(48, 24)), (1000, LiftFormat(77, 32)),
+)  # fmt: skip
+
+
+@functools.cache
+def generated_source() -> str:
+    """The CUDA source of every kernel of these tests."""
+    templates = []
+    for name, dtype in KERNELS:
+        symbol = f"lift_{name}_{dtype}"
+        make = functools.partial(tensorcore_lift.lift_planes, symbol, dtype, KNOBS[name])
+        templates.append(library.KernelTemplate(KernelFunction(symbol, "lift_planes", ""), make))
+    return tirx_source(templates)
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["late copies", "early copies"])
+def emulated(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Emulated:
+    folder = tmp_path_factory.mktemp("emulated")
+    names = ("SPLIT", "WARP_ADD", "WARP_SUM", "Z_SCALE", "ROUND")
+    helpers = "".join(getattr(tensorcore_device, name) for name in names)
+    return Emulated(folder, request.param, generated_source(), "cuda_lift_emulator.h", helpers)
+
+
+def run(
+    emulated: Emulated, name: str, x: torch.Tensor, in_scale: torch.Tensor | None, left: torch.Tensor,
+    right: torch.Tensor, row_blocks: int = 1, pieces: int = 4,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Planes, sums of z and z_scale of one launch."""
+    knobs, (tokens, features), (t2, lifted) = KNOBS[name], x.shape, right.shape
+    dtype = next(key for key, value in DTYPES.items() if value == x.dtype)
+    *parts_of, bound = factor_words(left, right)
+    words = torch.cat([part.flatten() for part in parts_of])
+    left_words, right_words = (
+        part.view(t.shape)
+        for part, t in zip(words.split([t.numel() for t in parts_of]), parts_of, strict=True)
+    )
+    parts = row_blocks * -(-right_words.shape[0] // knobs.tiles)
+    grid = parts * -(-tokens // knobs.group)
+    blocks = -(-left.shape[0] * lifted // 256)
+    planes = torch.full((blocks, pieces, 2 * tokens, 256 // pieces), 99, dtype=torch.int8)
+    totals, z_scale = torch.full((parts, tokens), 99, dtype=torch.int32), torch.full((tokens, 1), 99.0)
+    scale = torch.ones(1) if in_scale is None else in_scale
+    emulated(
+        f"lift_{name}_{dtype}", grid, knobs.warps * 32, (x, words),
+        x=x, in_scale=scale, bound=bound, left=left_words, right=right_words, planes=planes, totals=totals,
+        z_scale=z_scale, grid=grid, row_blocks=row_blocks, t1=left.shape[0], t2=t2, C=lifted, m=tokens, IC=features,
+        SC=scale.numel(), NT=left_words.shape[0], KA=left_words.shape[1], CT=right_words.shape[0],
+        KJ=right_words.shape[1], KB=blocks, COLS=2 * tokens, PIECES=pieces, WIDE=256 // pieces, P=parts,
+    )  # fmt: skip
+    return planes, totals.sum(0, dtype=torch.int32), z_scale
+
+
+def factors(in_features: int, fmt: LiftFormat) -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(in_features)
+    t1, t2 = transform_shape(in_features, fmt)
+    lifted = t2 // fmt.subspace_dim * fmt.lifted_dim
+    return torch.randn(t1, t1, generator=g), torch.randn(t2, lifted, generator=g)
+
+
+def check(
+    z: torch.Tensor, z_scale: torch.Tensor, x: torch.Tensor, in_scale: torch.Tensor | None, left: torch.Tensor,
+    right: torch.Tensor,
+) -> None:  # fmt: skip
+    """z is the rounded T* x, at most a step of the reference away, and the step is that of the reference."""
+    want, want_scale = reference.lift(x, in_scale, left, right)
+    torch.testing.assert_close(z_scale, want_scale, rtol=1e-5, atol=0, equal_nan=True)
+    assert int((z.int() - want.int()).abs().max()) <= 1
+    exact = reference.lift_real(
+        x.double(), None if in_scale is None else in_scale.double(), left.double(), right.double()
+    )
+    finite = (z_scale > 0).flatten()
+    steps = exact[finite] / z_scale[finite].double()
+    assert not finite.any() or float((z[finite] - steps).abs().max()) < 0.75
+    assert not z[~finite].any()
+
+
+@pytest.mark.parametrize("in_features, fmt", SHAPES)
+@pytest.mark.parametrize("name, dtype", KERNELS)
+@pytest.mark.parametrize("scaled", [True, False])
+def test_z_is_within_one_step(
+    emulated: Emulated, in_features: int, fmt: LiftFormat, name: str, dtype: str, scaled: bool
+) -> None:
+    g = torch.Generator().manual_seed(in_features)
+    left, right = factors(in_features, fmt)
+    tokens, width = min(5, KNOBS[name].tokens), left.shape[0] * right.shape[1]
+    x = torch.randn(tokens, in_features, generator=g)
+    if tokens > 1:
+        x[1] = 0.0
+    x = x.to(DTYPES[dtype])
+    in_scale = torch.rand(in_features, generator=g) + 0.5 if scaled else None
+    planes, totals, z_scale = run(emulated, name, x, in_scale, left, right, 1 + in_features % 3)
+    z = z_of(planes, tokens, width)
+    check(z, z_scale, x, in_scale, left, right)
+    assert torch.equal(totals, z.sum(1, dtype=torch.int32))
+
+
+def test_planes_for_warp_groups(emulated: Emulated) -> None:
+    left, right = factors(*SHAPES[0])
+    x = torch.randn(4, SHAPES[0][0], generator=torch.Generator().manual_seed(0))
+    z = z_of(run(emulated, "pair", x, None, left, right)[0], 4, left.shape[0] * right.shape[1])
+    planes, totals, _ = run(emulated, "pair", x, None, left, right, pieces=16)
+    padded = torch.nn.functional.pad(z.int(), (0, -z.shape[1] % 256), value=99 * 257)  # as nobody wrote them
+    assert torch.equal(planes, group_planes(padded, 8)) and torch.equal(totals, z.sum(1, dtype=torch.int32))
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(st.data())
+def test_adversarial_tokens(emulated: Emulated, data: st.DataObject) -> None:
+    """Hadamard-like factors reach the bound; one massive entry, tiny and huge tokens, alternating signs."""
+    t1, t2, copies = data.draw(st.sampled_from([(8, 8, 1), (16, 32, 2), (4, 64, 3)]))
+    signs = torch.tensor([[(-1.0) ** bin(i & j).count("1") for j in range(64)] for i in range(64)])
+    left, right = signs[:t1, :t1] / t1**0.5, signs[:t2, :t2].repeat(1, copies) / t2**0.5
+    exponent = data.draw(st.integers(-30, 40))
+    kind = data.draw(st.sampled_from(["ones", "alternating", "massive", "row", "random"]))
+    x = torch.full((1, t1 * t2), 2.0**exponent)
+    if kind == "alternating":
+        x[:, ::2] *= -1
+    if kind == "massive":
+        x[:, data.draw(st.integers(0, t1 * t2 - 1))] *= 2.0**20
+    if kind == "row":
+        x *= torch.outer(signs[data.draw(st.integers(0, t1 - 1)), :t1], signs[0, :t2]).reshape(1, -1)
+    if kind == "random":
+        x *= torch.randn(1, t1 * t2, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 99))))
+    x = x.to(data.draw(st.sampled_from([torch.bfloat16, torch.float32])))
+    planes, totals, z_scale = run(emulated, "one", x, None, left, right)
+    z = z_of(planes, 1, t1 * t2 * copies)
+    check(z, z_scale, x, None, left, right)
+    assert torch.equal(totals, z.sum(1, dtype=torch.int32))
+    if kind in ("ones", "row"):
+        assert int(z.abs().max()) >= Z_MAX - 1, "these tokens reach the bound"
+
+
+def test_tokens_that_are_not_finite_or_next_to_nothing(emulated: Emulated) -> None:
+    left, right = factors(*SHAPES[0])
+    x = torch.randn(6, SHAPES[0][0], generator=torch.Generator().manual_seed(1))
+    x[0, 3], x[1, 71], x[2] = torch.nan, -torch.inf, x[2] * 1e-30
+    x[3, 5] = 3e38
+    x[4] = 0.0
+    planes, totals, z_scale = run(emulated, "pair", x, None, left, right)
+    z = z_of(planes, 6, left.shape[0] * right.shape[1])
+    assert not z[:5].any() and z[5].any() and not totals[:5].any()
+    assert z_scale[[0, 1, 3]].isnan().all() and not z_scale[[2, 4]].any() and z_scale[5] > 0
+    check(z, z_scale, x, None, left, right)
