@@ -11,7 +11,9 @@ from liftc.codegen import tensorcore_device as device
 
 
 def split_z(symbol: str) -> Any:
-    """PrimFunc z int16 (m, K) -> planes int8 (KB, 4, COLS, 64) or (KB, 16, COLS, 16), totals int32 (1, m). One block per token.
+    """PrimFunc z int16 (m, K) -> planes int8 (KB, 4, COLS, 64) or (KB, 16, COLS, 16), totals int32 (1, m).
+
+    One block per token.
 
     z needs 16-byte alignment where K % 8 == 0. |z| <= 16383.
     """
