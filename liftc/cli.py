@@ -258,7 +258,7 @@ def _add_quantization(c: argparse.ArgumentParser) -> None:
         "--activation-memory",
         type=_bytes,
         metavar="SIZE",
-        help="hidden states held in memory before they go to disk: 500M, 16G (default: no limit)",
+        help="hidden states held in memory before they go to disk: 500M, 16G (default: half of the memory)",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from liftc.driver.quantize import all_positions, make_stream
 from liftc.errors import QuantizeError
 from liftc.format import LiftFormat
 from liftc.quant import fisher as fisher_module
-from liftc.quant.activations import Budget
+from liftc.quant.activations import Budget, default_limit
 from liftc.quant.blocks import BlockRunner
 from liftc.quant.fisher import Fisher, measure
 from liftc.quant.ldlq import quantize_group
@@ -173,3 +174,8 @@ def test_rows_compensate_rows_under_an_output_metric() -> None:
     compensated, _ = error(metric)
     assert compensated < 0.8 * plain
     assert torch.equal(error(torch.eye(256))[1], packed)
+
+
+def test_default_limit_of_activations_fits_the_machine() -> None:
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 0 < default_limit() <= physical // 2

@@ -23,7 +23,7 @@ from liftc.capture import Captured
 from liftc.driver.calibrate import CalibrationInputs, digest
 from liftc.errors import ArtifactError, QuantizeError
 from liftc.program import Program
-from liftc.quant.activations import ActivationStore, Budget
+from liftc.quant.activations import ActivationStore, Budget, default_limit
 from liftc.quant.blocks import BlockRunner
 from liftc.quant.fisher import measure
 from liftc.quant.mapping import load_mapping
@@ -76,15 +76,15 @@ def quantize_program(
     """Quantize a program that has passed the passes before quantization; finished parts in `work` are kept.
 
     device: "cuda", "cpu", or None for a GPU where there is one. activation_memory: bytes of hidden states held
-    in memory before they go to disk. resume: refuse, naming what changed, instead of starting over. Raises
-    QuantizeError and ArtifactError.
+    in memory before they go to disk, by default half of the machine's. resume: refuse, naming what changed,
+    instead of starting over. Raises QuantizeError and ArtifactError.
     """
     ranks = Ranks.current()
     if ranks.first:
         fingerprint = _fingerprint(captured, program, inputs, options)
         _resume_or_clear(work, fingerprint, resume=resume, announce=progress)
     ranks.barrier()
-    budget = Budget(activation_memory)
+    budget = Budget(default_limit() if activation_memory is None else activation_memory)
     stream = make_stream(captured, program, inputs, options, work, device, budget)
     language_model, shared = inputs.graph == "prefill", all_positions(inputs)
     if options.fisher and not stream.finished:

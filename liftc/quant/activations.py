@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,16 @@ class ActivationStore:
         held = self._memory.get(number, {}).values()
         if self.folder is not None:
             self.budget.give(sum(t.numel() * t.element_size() for t in held if isinstance(t, torch.Tensor)))
+
+
+def default_limit() -> int:
+    """Half of the memory this process may use: of the machine, or of its control group where that has less."""
+    size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        group = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    except OSError:
+        group = "max"
+    return min(size, int(group) if group.isdigit() else size) // 2
 
 
 class Budget:
