@@ -123,7 +123,10 @@ def decode_templates() -> Iterator[KernelTemplate]:
     for short in ("f16", "bf16"):
         for left, right in tensorcore_whiten.SIZES:
             symbol = f"whiten_{short}_{left}_{right}"
-            function = KernelFunction(symbol, "whiten", short, most_left=left * 16, most_right=right * 16)
+            function = KernelFunction(
+                symbol, "whiten", short, most_left=left * 16, most_right=right * 16,
+                shared_bytes=tensorcore_whiten.shared_bytes(left, right),
+            )  # fmt: skip
             make = partial(tensorcore_whiten.whiten, symbol, TIR_DTYPES[short], short, left, right)
             yield KernelTemplate(function, make)
 

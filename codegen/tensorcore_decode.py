@@ -33,13 +33,13 @@ SHARED_BYTES = MOST_FRAGMENTS * 1024 + 32 * (MOST_TILES * 8 + 4) * 4 + 16
 
 
 def decode_tiles(symbol: str, dtype: str, short: str) -> Any:
-    """PrimFunc out[r, b d + c] = scale[r] sum over e of sign[r, b D + e] mapping[c, e].
+    """PrimFunc out[r, b d + c] = times scale[r] sum over e of sign[r, b D + e] mapping[c, e].
 
     tiles int32 (NB, KB, 32, 4) in the layout of codegen/tir_tiles.py, mapping f32 (d, D), scale f32 (OC,), out
-    `dtype` (OC, P), then two integers: runs, into which the P / d blocks of columns are cut, such that those of one
-    and 255 columns more fill at most MOST_TILES tiles, and grid, the number of thread blocks. P is a multiple of d,
-    256 KB >= P / d D and 16 NB >= OC; with pieces = ceil(D / 128) and steps = ceil(D / (16 pieces)), pieces steps
-    ceil(d / 32), doubled for float32, is at most MOST_FRAGMENTS.
+    `dtype` (OC, P), times, then two integers: runs, into which the P / d blocks of columns are cut, such that those
+    of one and 255 columns more fill at most MOST_TILES tiles, and grid, the number of thread blocks. P is a multiple
+    of d, 256 KB >= P / d D and 16 NB >= OC; with pieces = ceil(D / 128) and steps = ceil(D / (16 pieces)), pieces
+    steps ceil(d / 32), doubled for float32, is at most MOST_FRAGMENTS.
     """
     PARTS = 2 if short == "f32" else 1
     STRIDE = (
@@ -49,8 +49,8 @@ def decode_tiles(symbol: str, dtype: str, short: str) -> Any:
 
     @T.prim_func
     def function(
-        tiles_arg: T.handle, mapping_arg: T.handle, scale_arg: T.handle, out_arg: T.handle, runs: T.int32,
-        grid: T.int32,
+        tiles_arg: T.handle, mapping_arg: T.handle, scale_arg: T.handle, out_arg: T.handle, times: T.float32,
+        runs: T.int32, grid: T.int32,
     ) -> None:  # fmt: skip
         T.func_attr({"tirx.noalias": True, "global_symbol": symbol})
         NB = T.int32()
@@ -103,7 +103,7 @@ def decode_tiles(symbol: str, dtype: str, short: str) -> Any:
         up: T.float32 = T.reinterpret(
             "float32", T.shift_left(264 - exponent, 23)
         )  # largest entry 1024 to 2047
-        down: T.float32 = T.reinterpret("float32", T.shift_left(exponent - 10, 23))
+        down: T.float32 = T.reinterpret("float32", T.shift_left(exponent - 10, 23)) * times
         for i in T.serial((PARTS * pieces * steps * groups * 256) // THREADS):
             word: T.int32 = i * THREADS + tx
             f: T.int32 = word // 256

@@ -67,8 +67,9 @@ def tile_signs(symbol: str) -> Any:
 def unpack_tiles(symbol: str, dtype: str, short: str) -> Any:
     """PrimFunc tiles int32 (NB, KB, 32, 4) -> out `dtype` (OC, K) of -1 and +1, and the number of blocks.
 
-    A warp takes a tile at a time; a lane writes eight neighbouring columns of each of its rows.
+    A warp takes a tile at a time; a lane writes a vector of 16 bytes of each of its rows, for float32 two.
     """
+    PER_T = 4 if short == "f32" else 2  # lanes whose columns the same lanes of a tile hold
 
     @T.prim_func
     def function(tiles_arg: T.handle, out_arg: T.handle, grid: T.int32) -> None:
@@ -90,19 +91,28 @@ def unpack_tiles(symbol: str, dtype: str, short: str) -> Any:
             kb: T.int32 = item - rb * KB
             for r in T.unroll(8):
                 T.cuda.func_call(
-                    "liftc_load_tile", tiles.ptr_to([rb, kb, r * 4 + lane // 2 % 4, 0]), v.ptr_to([0]),
+                    "liftc_load_tile", tiles.ptr_to([rb, kb, r * 4 + lane // PER_T % 4, 0]), v.ptr_to([0]),
                     source_code=tile_device.LOAD_TILE,
                 )  # fmt: skip
                 for s in T.unroll(2):
                     if rb * 16 + s * 8 + r < OC:
-                        T.cuda.func_call(
-                            f"liftc_unpack_eight_{short}",
-                            out.ptr_to([0, 0]),
-                            T.Cast("int64", rb * 16 + s * 8 + r) * K + (kb * 256 + lane * 8),
-                            K - kb * 256 - lane * 8, T.Select(K % 8 == 0, 1, 0), v[s], v[2 + s],
-                            lane // 8 * 2 + lane % 2,
-                            source_code=tile_device.UNPACK_EIGHT[short],
-                        )  # fmt: skip
+                        at: T.let[T.int64] = T.Cast("int64", rb * 16 + s * 8 + r) * K + kb * 256
+                        if short == "f32":
+                            for half in T.unroll(2):  # 128 columns each, four of a lane
+                                T.cuda.func_call(
+                                    "liftc_unpack_four_f32", out.ptr_to([0, 0]), at + (half * 128 + lane * 4),
+                                    K - kb * 256 - half * 128 - lane * 4, T.Select(K % 4 == 0, 1, 0),
+                                    T.Select(lane % 2 == 0, v[s], v[2 + s]),
+                                    half * 4 + lane // 16 * 2 + lane // 2 % 2,
+                                    source_code=tile_device.UNPACK[short],
+                                )  # fmt: skip
+                        else:
+                            T.cuda.func_call(
+                                f"liftc_unpack_eight_{short}", out.ptr_to([0, 0]), at + lane * 8,
+                                K - kb * 256 - lane * 8, T.Select(K % 8 == 0, 1, 0), v[s], v[2 + s],
+                                lane // 8 * 2 + lane % 2,
+                                source_code=tile_device.UNPACK[short],
+                            )  # fmt: skip
             item = item + grid * 8
 
     return function

@@ -54,6 +54,7 @@ class Ops:
         self._sign_matmul = _by_dtype(kernels, "sign_matmul")
         self._unpack = {dtype: table[0][1] for dtype, table in _by_dtype(kernels, "unpack_signs").items()}
         self.tiles = TiledSigns(kernels)
+        self._right = PerFactors(reference.decode_right)
         self._weight_first = WeightFirst(kernels, self.tiles, self._unpack)
         self._bound = PerFactors(factor_bound)
         self._ones: dict[tuple[torch.device, int], Tensor] = {}
@@ -166,7 +167,7 @@ class Ops:
         fits = right_inverse.dim() == 2 == mapping_matrix.dim() and mapping_matrix.shape[0]
         if not fits or right_inverse.shape[0] % mapping_matrix.shape[0]:
             raise mistake(x, activation_scale, left, *operands)
-        right = reference.decode_right(right_inverse, mapping_matrix)
+        right = self._right(right_inverse, mapping_matrix)
         z, z_scale = self.lift(x, activation_scale, left, right)
         return self.sign_matmul(z, z_scale, packed, output_scale, x.dtype)
 

@@ -15,6 +15,9 @@ from liftc.runtime.planes import PlaneKernels, Planes
 from liftc.spec import DTYPE_NAMES
 
 TILE_ROWS, TILE_COLUMNS = 16, 256
+PRODUCTS = ("sign_matmul_warpgroup", "sign_matmul_tiled")
+"""Ops whose kernels multiply tiles with planes, the preferred one first."""
+
 MOST_PADDING = 1.25
 """Tiles are made of a matrix only when they hold at most this many times its bits."""
 
@@ -37,11 +40,13 @@ class TiledSigns:
 
     def __init__(self, kernels: Kernels) -> None:
         functions = kernels.functions
-        self._multiply = [(f, functions[f.symbol]) for f in kernels.of("sign_matmul_tiled")]
+        products = [f for op in PRODUCTS for f in kernels.of(op)]
+        products.sort(key=lambda f: f.max_tokens)  # of equal size the first of PRODUCTS stays first
+        self._multiply = [(f, functions[f.symbol]) for f in products]
         self._tile = [functions[f.symbol] for f in kernels.of("tile_signs")]
         self._unpack = {f.dtype: functions[f.symbol] for f in kernels.of("unpack_tiles")}
         self._decode = {f.dtype: (f, functions[f.symbol]) for f in kernels.of("decode_tiles")}
-        self.planes = PlaneKernels(kernels, tuple(f.max_tokens for f, _ in self._multiply))
+        self.planes = PlaneKernels(kernels, tuple(products))
         self.available = bool(self._tile and self.planes.most_tokens)
         self._processors: dict[torch.device, int] = {}
 
@@ -83,8 +88,8 @@ class TiledSigns:
         parts = -(-lifted // (16 * pieces)) * pieces * -(-d // 32) * (2 if dtype == torch.float32 else 1)
         return spec is not None and parts <= spec.block_results
 
-    def decode(self, tiles: Tensor, mapping: Tensor, scale: Tensor, out: Tensor) -> None:
-        """Write scale[r] * (signs of block b of row r) · mappingᵀ to out[r, b d : (b + 1) d].
+    def decode(self, tiles: Tensor, mapping: Tensor, scale: Tensor, out: Tensor, times: float = 1) -> None:
+        """Write times * scale[r] * (signs of block b of row r) · mappingᵀ to out[r, b d : (b + 1) d].
 
         tiles of whole row blocks, mapping f32 (d, D) that `decodes` takes, scale f32 (OC,), out (OC, P) of f32, f16
         or bf16, contiguous, d dividing P. Raises LiftcError.
@@ -94,7 +99,15 @@ class TiledSigns:
         grid = _DECODE_BLOCKS * self._processors_of(tiles.device)
         runs = _runs(blocks, pairs, mapping.shape[1], grid)
         try:
-            function(tiles, mapping.contiguous(), scale.contiguous(), out, runs, min(grid, pairs * runs))
+            function(
+                tiles,
+                mapping.contiguous(),
+                scale.contiguous(),
+                out,
+                float(times),
+                runs,
+                min(grid, pairs * runs),
+            )
         except _REFUSALS as error:
             given = ", ".join(_text(t) for t in (tiles, mapping, scale, out))
             raise LiftcError(f"liftc.lifted_linear: the kernels refuse {given} ({_line(error)})") from None
@@ -122,8 +135,8 @@ class TiledSigns:
         size = dtype.itemsize
         y = torch.empty(tokens * rows * size, dtype=torch.uint8, device=tiles.device)
         spec, function = next(entry for entry in self._multiply if entry[0].accepts(tokens, 0, 0))
-        blocks, processors = tiles.shape[0], self._processors_of(tiles.device)
-        grid = min(blocks, processors * -(-blocks // (processors * spec.block_rows)))
+        blocks, clusters = tiles.shape[0], self._processors_of(tiles.device) // spec.cluster_blocks
+        grid = spec.cluster_blocks * min(blocks, clusters * -(-blocks // (clusters * spec.block_rows)))
         operands = (tiles, z.data, z.totals, z_scale.reshape(tokens, 1), output_scale.contiguous(), y)
         try:
             function(*operands, grid, _KINDS[dtype])

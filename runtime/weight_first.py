@@ -14,11 +14,17 @@ import torch
 
 from liftc.errors import LiftcError
 from liftc.packing import packed_rows
+from liftc.runtime.kernels import Kernels
 from liftc.runtime.tiles import TiledSigns
+from liftc.runtime.whiten import Whitening
 from liftc.spec import DTYPE_NAMES
 
 DECODED_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
 """Bound of the decoded rows, with what decoding needs beside them, that exist at a time."""
+
+SHIFTS = {torch.float16: 16.0}
+"""x' is divided and W' multiplied by this power of two: x' reaches sqrt(IC) times the largest entry of x, while W'
+is far from the end of float16."""
 
 _MAX_GRID = 65535  # CUDA limit of the grid axis that counts rows
 _WHOLE_ROWS = 256  # chunks are multiples of the rows of a tile of the dense product
@@ -29,9 +35,12 @@ Tensor = torch.Tensor
 class WeightFirst:
     """The kernels of one loaded object that decode signs. `unpack`: dtype -> the unpack_signs kernel."""
 
-    def __init__(self, tiles: TiledSigns, unpack: dict[torch.dtype, Callable[..., None]]) -> None:
+    def __init__(
+        self, kernels: Kernels, tiles: TiledSigns, unpack: dict[torch.dtype, Callable[..., None]]
+    ) -> None:
         self._tiles = tiles
         self._unpack = unpack
+        self._whiten = Whitening(kernels)
 
     def __call__(
         self,
@@ -47,7 +56,8 @@ class WeightFirst:
         self._check(x, activation_scale, left, right_inverse, mapping_matrix, packed, output_scale)
         rows, tokens = output_scale.shape[0], x.numel() // x.shape[-1]
         work = x.dtype if x.device.type == "cuda" else torch.float32
-        white = _whiten(x.reshape(tokens, -1), activation_scale, left, right_inverse, work)
+        shift = SHIFTS.get(work, 1)
+        white = self._whiten(x.reshape(tokens, -1), activation_scale, left, right_inverse, work, 1 / shift)
         y = torch.empty((tokens, rows), dtype=x.dtype, device=x.device)
         packed, width = packed.contiguous(), white.shape[1]
         buffer: Tensor | None = None
@@ -55,7 +65,7 @@ class WeightFirst:
             if buffer is None:
                 buffer = torch.empty((end - begin, width), dtype=work, device=x.device)
             weight = buffer[: end - begin]
-            self._decode(packed, begin, end, mapping_matrix, output_scale, weight)
+            self._decode(packed, begin, end, mapping_matrix, output_scale, weight, shift)
             part = y[:, begin:end]
             if work == x.dtype:
                 torch.mm(white, weight.t(), out=part)
@@ -80,12 +90,19 @@ class WeightFirst:
         return packed.dim() == 4 and self._tiles.decodes(mapping, dtype)
 
     def _decode(
-        self, packed: Tensor, begin: int, end: int, mapping: Tensor, scale: Tensor, weight: Tensor
+        self,
+        packed: Tensor,
+        begin: int,
+        end: int,
+        mapping: Tensor,
+        scale: Tensor,
+        weight: Tensor,
+        times: float,
     ) -> None:
-        """Rows begin:end of W' into `weight`."""
+        """Rows begin:end of W', multiplied by `times`, into `weight`."""
         if self._direct(packed, mapping, weight.dtype):
             tiles = packed[begin // 16 : (end + 15) // 16]
-            self._tiles.decode(tiles, mapping, scale[begin:end], weight)
+            self._tiles.decode(tiles, mapping, scale[begin:end], weight, times)
             return
         lifted = mapping.shape[1]
         columns = weight.shape[1] // mapping.shape[0] * lifted
@@ -95,7 +112,7 @@ class WeightFirst:
         else:
             self._unpack[torch.float32](packed[begin // 32 : (end + 31) // 32], signs)
         blocks = torch.mm(signs.view(-1, lifted), mapping.t()).view(weight.shape)
-        torch.mul(blocks, scale[begin:end, None], out=weight)
+        torch.mul(blocks, scale[begin:end, None] * times, out=weight)
 
     def _check(
         self, x: Tensor, scale: Tensor | None, left: Tensor, right: Tensor, mapping: Tensor, packed: Tensor,
@@ -118,21 +135,6 @@ class WeightFirst:
             self._tiles.check(packed, rows, columns)
         elif packed.dtype != torch.int32 or packed.shape != (packed_rows(rows), columns):
             raise mistake(x, scale, left, right, mapping, packed, output_scale)
-
-
-def _whiten(
-    x: Tensor, activation_scale: Tensor | None, left: Tensor, right: Tensor, work: torch.dtype
-) -> Tensor:
-    """x (tokens, IC) -> x' (tokens, t1 t2) of `work`: left · reshape(x * activation_scale) · right."""
-    tokens, features = x.shape
-    t1, t2 = left.shape[0], right.shape[0]
-    scaled = x.float()
-    if activation_scale is not None:
-        scaled = scaled * activation_scale
-    if features < t1 * t2:
-        scaled = torch.nn.functional.pad(scaled, (0, t1 * t2 - features))
-    mixed = torch.matmul(left, scaled.view(tokens, t1, t2))
-    return torch.matmul(mixed, right).view(tokens, t1 * t2).to(work)
 
 
 def mistake(

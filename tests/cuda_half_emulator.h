@@ -35,6 +35,29 @@ inline uint32_t bfloat_bits(float value) {
 inline unsigned liftc_pack_f16(float low, float high) { return half_bits(low) | half_bits(high) << 16; }
 inline unsigned liftc_two_f16(float low, float high) { return half_bits(low) | half_bits(high) << 16; }
 inline unsigned liftc_two_bf16(float low, float high) { return bfloat_bits(low) | bfloat_bits(high) << 16; }
+inline float liftc_low_f16(uint32_t w) { return half_value(w); }
+inline float liftc_high_f16(uint32_t w) { return half_value(w >> 16); }
+inline float bfloat_value(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+inline float liftc_low_bf16(uint32_t w) { return bfloat_value(w << 16); }
+inline float liftc_high_bf16(uint32_t w) { return bfloat_value(w & 0xffff0000u); }
+inline int __float_as_int(float value) {
+  int bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
+inline void liftc_store_vector(void* to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  uint32_t words[4] = {a, b, c, d};
+  std::memcpy(to, words, 16);
+}
+inline void liftc_store_pair(void* to, uint32_t a, uint32_t b) {
+  uint32_t words[2] = {a, b};
+  std::memcpy(to, words, 8);
+}
+inline uint32_t __float_as_uint(float value) { return uint32_t(__float_as_int(value)); }
 inline float liftc_rest_f16(float value) { return value - half_value(half_bits(value)); }
 
 namespace warp {

@@ -14,9 +14,10 @@ from operand_layouts import tile_layout
 
 from liftc.format import LiftFormat
 from liftc.packing import pack_signs, unpack_signs
+from liftc.runtime.whiten import factor_tiles, tokens_together
 
 pytest.importorskip("tvm", reason="kernels are built with TVM")
-from liftc.codegen import library, tensorcore_decode, tile_device, toolchain
+from liftc.codegen import library, tensorcore_decode, tensorcore_whiten, tile_device, toolchain
 from liftc.codegen.build_cuda import tirx_source
 
 KERNEL = re.compile(r'extern "C" __global__ void __launch_bounds__\([^)]*\) (\w+)\(([^)]*)\) \{')
@@ -45,9 +46,11 @@ class Emulated:
             names = [p.strip().rsplit(" ", 1)[1] for p in declared.split(",")]
             self.parameters[kernel[1]] = names
             launchers += (
-                f'extern "C" long run_{kernel[1]}(int grid_size, int threads, void* first, long bytes, {declared}) {{\n'
+                f'extern "C" long run_{kernel[1]}(int grid_size, int threads, void* first, long bytes, '
+                f"void* second, long more, {declared}) {{\n"
                 "  warp::bad_reads = 0;\n"
                 "  warp::tiles_begin = (const uchar*)first; warp::tiles_end = warp::tiles_begin + bytes;\n"
+                "  warp::begin = (const uchar*)second; warp::end = warp::begin + more;\n"
                 "  for (int b = 0; b < grid_size; ++b) {\n    warp::begin_blocks(1);\n"
                 f"    auto body = [=] {{ {kernel[1]}({', '.join(names)}); }};\n"
                 "    block::run_together({{b, 0, 0}}, {threads, 1, 1}, body);\n"
@@ -57,7 +60,8 @@ class Emulated:
         helpers = "".join(
             (
                 tile_device.WARP_MAX, tile_device.LOAD_TILE, tile_device.LAY_ROWS, tile_device.SIGN_PAIRS,
-                halves, tile_device.STORE_F32, *tile_device.UNPACK_EIGHT.values(),
+                halves, tile_device.STORE_F32, *(text.removeprefix(tile_device.STORE_VECTOR) for text in tile_device.UNPACK.values()),
+                *tile_device.LOAD_EIGHT.values(), *tile_device.STORE_FOUR.values(),
             )
         )  # fmt: skip
         (folder / "kernels.cpp").write_text('#include "cuda_half_emulator.h"\n' + helpers + text + launchers)
@@ -76,22 +80,28 @@ class Emulated:
         self.library = ctypes.CDLL(str(folder / "kernels.so"))
 
     def __call__(
-        self, symbol: str, grid: int, tiles: torch.Tensor, /, **arguments: torch.Tensor | int
+        self, symbol: str, grid: int, readable: tuple[torch.Tensor, ...], /, **arguments: torch.Tensor | float
     ) -> None:
-        """Run; `tiles` is what loads of tiles may read, cse_v1 a product of sizes that the host computes."""
+        """Run; loads of vectors may read `readable`, two at most. cse_v1: a product of sizes that the host computes."""
         values: list[object] = [ctypes.c_int(grid), ctypes.c_int(THREADS)]
-        values += [ctypes.c_void_p(tiles.data_ptr()), ctypes.c_long(tiles.nbytes)]
-        given = {"tiles": tiles, "grid": grid, "NB": tiles.shape[0], "KB": tiles.shape[1]} | arguments
+        for tensor in (*readable, *readable)[:2]:
+            values += [ctypes.c_void_p(tensor.data_ptr()), ctypes.c_long(tensor.nbytes)]
         for parameter in self.parameters[f"{symbol}_kernel"]:
-            value = given[parameter.removesuffix("_ptr")]
+            value = grid if parameter == "grid" else arguments[parameter.removesuffix("_ptr")]
             if isinstance(value, torch.Tensor):
                 values.append(ctypes.c_void_p(value.data_ptr()))
             else:
-                values.append(ctypes.c_int(value))
+                values.append(ctypes.c_float(value) if isinstance(value, float) else ctypes.c_int(value))
         run = getattr(self.library, f"run_{symbol}_kernel")
         run.restype = ctypes.c_long
         bad = run(*values)
-        assert bad == 0, f"{bad} reads outside the tiles"
+        assert bad == 0, f"{bad} reads outside the arguments"
+
+    def on_tiles(
+        self, symbol: str, grid: int, tiles: torch.Tensor, /, **arguments: torch.Tensor | float
+    ) -> None:
+        """Run a kernel that reads tiles."""
+        self(symbol, grid, (tiles,), tiles=tiles, NB=tiles.shape[0], KB=tiles.shape[1], **arguments)
 
 
 @pytest.fixture(scope="module")
@@ -126,15 +136,17 @@ def test_decoded_weights(
     if kind == "f32" and fmt.lifted_dim > 96 and fmt.subspace_dim > 32:
         fmt = LiftFormat(90, 33)  # two parts of a larger mapping do not fit
     signs, tiles, mapping, scale = made(rows, blocks, fmt)
-    want = (signs.view(rows, blocks, -1) @ mapping.double().T * scale.double()[:, None, None]).view(rows, -1)
+    want = (signs.view(rows, blocks, -1) @ mapping.double().T * 2 * scale.double()[:, None, None]).view(
+        rows, -1
+    )
     results = []
     room = (tensorcore_decode.MOST_TILES * 256 - 255) // fmt.lifted_dim
     for grid, runs in ((1, -(-blocks // room)), (3, min(blocks, 2))):
         out = torch.full((rows + 1, want.shape[1]), 7.0).to(
             DTYPES[kind]
         )  # one row more, which must stay as it is
-        emulated(
-            f"decode_tiles_{kind}", grid, tiles, runs=runs, mapping=mapping, scale=scale, out=out, OC=rows,
+        emulated.on_tiles(
+            f"decode_tiles_{kind}", grid, tiles, times=2.0, runs=runs, mapping=mapping, scale=scale, out=out, OC=rows,
             P=want.shape[1], d=fmt.subspace_dim, D=fmt.lifted_dim, cse_v1=mapping.numel(),
         )  # fmt: skip
         assert (out[-1] == 7.0).all()
@@ -149,7 +161,40 @@ def test_decoded_weights(
 def test_unpacked_signs(emulated: Emulated, kind: str, rows: int, columns: int) -> None:
     signs, tiles, _, _ = made(rows, columns, LiftFormat(1, 1))
     out = torch.full((rows + 1, columns), 7.0).to(DTYPES[kind])
-    emulated(
+    emulated.on_tiles(
         f"unpack_tiles_{kind}", 2, tiles, out=out, OC=rows, K=columns, cse_v1=tiles.shape[0] * tiles.shape[1]
     )
     assert (out[-1] == 7.0).all() and torch.equal(out[:-1].double(), signs)
+
+
+@pytest.mark.parametrize("kind, bound", [("f16", 1.5e-3), ("bf16", 5e-3)])
+@pytest.mark.parametrize("size", tensorcore_whiten.SIZES)
+def test_whitened_activations(emulated: Emulated, kind: str, bound: float, size: tuple[int, int]) -> None:
+    g = torch.Generator().manual_seed(size[0])
+    for t1, t2, features, tokens in ((size[0] * 16 - 5, size[1] * 16, 0, 3), (7, 40, 272, 6), (1, 8, 8, 3)):
+        features = features or t1 * t2 - 16
+        x = torch.randn(tokens, features, generator=g)
+        x[0] *= 1e-2  # tokens are scaled one by one
+        x[1] = 0.0
+        x[2] *= 30
+        if tokens > 3:
+            x[3, 1], x[4, 0] = torch.nan, torch.inf
+        x = x.to(DTYPES[kind])
+        left, right = torch.randn(t1, t1, generator=g) / 40, torch.randn(t2, t2, generator=g) * 3
+        scale = torch.rand(features, generator=g) + 0.5 if t1 > 1 else torch.ones(1)
+        left_words, right_words, factor = factor_tiles(left, right)
+        words = torch.cat([left_words.view(-1), right_words.view(-1)])
+        out = torch.full((tokens + 1, t1 * t2), 7.0).to(DTYPES[kind])
+        together = tokens_together(left_words, right_words, tensorcore_whiten.shared_bytes(*size))
+        emulated(
+            f"whiten_{kind}_{size[0]}_{size[1]}", -(-tokens // together), (x, words), x=x, in_scale=scale,
+            left=words[: left_words.numel()], right=words[left_words.numel() :], factor=factor, out=out, t2=t2,
+            times=0.25, together=together, m=tokens, IC=features, SC=scale.numel(), P=t1 * t2, n1=left_words.shape[0],
+            nj=right_words.shape[0], n2=right_words.shape[1],
+        )  # fmt: skip
+        padded = torch.zeros(tokens, t1 * t2, dtype=torch.float64)
+        padded[:, :features] = x.double() * scale.double()
+        want = (left.double() @ padded.view(tokens, t1, t2) @ right.double()).view(tokens, -1) / 4
+        assert (out[-1] == 7.0).all() and not out[1].any() and not out[3:-1][:2].isfinite().any()
+        error = (out[:-1].double() - want).abs().amax(1) / want.abs().amax(1).clamp_min(1e-30)
+        assert error[want.isfinite().all(1)].max() <= bound
