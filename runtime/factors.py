@@ -1,6 +1,6 @@
 """What lift kernels need of the two factors besides their values: the bound of their rows, and operand words.
 
-Both are computed once per pair of tensors and kept as long as the left one lives.
+Both are computed once per pair of tensors and kept as long as the two live.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Value = TypeVar("Value")
 
 
 class PerFactors(Generic[Value]):
-    """A value per pair (left, right), computed at first use; weak in `left`, computed again when either changed.
+    """A value per pair (left, right), computed at first use; weak in both, computed again when either changed.
 
     Inside the capture of a CUDA graph nothing is kept: what a capture computes exists only in replays.
     """
@@ -28,14 +28,16 @@ class PerFactors(Generic[Value]):
         self._kept: Any = WeakIdKeyDictionary()
 
     def __call__(self, left: Tensor, right: Tensor) -> Value:
-        entry = self._kept.get(left)
-        if entry is not None:
-            other, versions, value = entry
-            if other is right and versions == (_version(left), _version(right)):
-                return value  # type: ignore[no-any-return]
+        versions = (_version(left), _version(right))
+        of_left = self._kept.get(left)
+        entry = None if of_left is None else of_left.get(right)
+        if entry is not None and entry[0] == versions:
+            return entry[1]  # type: ignore[no-any-return]
         value = self._compute(left, right)
         if not (left.is_cuda and torch.cuda.is_current_stream_capturing()):
-            self._kept[left] = right, (_version(left), _version(right)), value
+            if of_left is None:
+                of_left = self._kept[left] = WeakIdKeyDictionary()
+            of_left[right] = versions, value
         return value
 
 

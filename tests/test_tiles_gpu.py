@@ -11,6 +11,7 @@ from test_kernels_gpu import DTYPES, LIFTS, lift_operands, loaded, on_gpu, sign_
 
 from liftc import ir, reference
 from liftc.errors import LiftcError
+from liftc.format import LiftFormat
 from liftc.packing import pack_signs
 from liftc.runtime.kernels import Kernels
 from liftc.runtime.ops import WEIGHT_FIRST_TOKENS, Ops, register
@@ -92,31 +93,35 @@ def test_operand_lift_is_within_one_step(ops: Ops, in_features: int, fmt: object
         for used in (scale, None):
             device_scale = None if used is None else used.cuda()
             planes, z_scale = ops.lift_operands(x.cuda(), device_scale, left.cuda(), right.cuda())
+            if in_features % 8 or right.shape[0] % 8:
+                assert not isinstance(planes, Planes), "vectors of 8 values cannot have been loaded"
+                continue
             assert isinstance(planes, Planes), "no kernel took a lift of an ordinary shape"
             exact = reference.lift_real(
                 x.double(), None if used is None else used.double(), left.double(), right.double()
             ).reshape(planes.tokens, -1)
             z = z_of(planes.data.cpu(), planes.tokens, planes.columns)
-            step = exact.abs().amax(-1, keepdim=True) / Z_MAX
-            assert z_scale.shape == (*lead, 1)
-            torch.testing.assert_close(z_scale.view(-1, 1).cpu().double(), step, rtol=1e-5, atol=0)
-            error = (z * z_scale.view(-1, 1).cpu().double() - exact).abs() / step.clamp_min(1e-30)
-            assert float(error.max()) < 0.7
+            step = reference.lift_scale(x, used, left, right)
+            assert z_scale.shape == step.shape == (*lead, 1)
+            torch.testing.assert_close(z_scale.cpu(), step, rtol=1e-5, atol=0)
+            finite = (step > 0).flatten()
+            error = z[finite] - exact[finite] / z_scale.view(-1, 1)[finite.cuda()].cpu().double()
+            assert float(error.abs().max()) < 0.75 and not z[~finite].any()
             assert torch.equal(planes.totals.cpu().sum(0, dtype=torch.int32), z.sum(1, dtype=torch.int32))
 
 
 def test_operand_lift_of_nan_and_infinite_tokens(ops: Ops) -> None:
-    x, _, left, right = lift_operands((4,), *LIFTS[0])
+    x, _, left, right = lift_operands((4,), 72, LiftFormat(19, 8))
     x[1, 5], x[2, 69] = torch.nan, -torch.inf
     planes, z_scale = ops.lift_operands(x.cuda(), None, left.cuda(), right.cuda())
     assert isinstance(planes, Planes)
     z = z_of(planes.data.cpu(), 4, planes.columns)
-    assert not z[1:3].any() and z_scale[1:3].isnan().all() and z[0].any() and z[3].abs().max() == Z_MAX
+    assert not z[1:3].any() and z_scale[1:3].isnan().all() and z[0].any() and z[3].any()
 
 
 def test_products_of_operands_equal_products_of_z(ops: Ops) -> None:
     for tokens in (1, 3, 8, 16):
-        x, scale, left, right = on_gpu(lift_operands((tokens,), *LIFTS[0]))
+        x, scale, left, right = on_gpu(lift_operands((tokens,), 576, LiftFormat(77, 32)))
         rows, columns = 1000, left.shape[0] * right.shape[1]
         packed, out_scale = sign_operands((1,), rows, columns)[2:]
         tiles = ops.tiles.from_packed(packed.cuda(), rows)
@@ -148,7 +153,7 @@ def test_lifted_linear_on_tiles(ops: Ops, tokens: int, dtype: torch.dtype) -> No
 
 def test_chain_in_graphs_and_on_two_streams_stays_exact(ops: Ops) -> None:
     """Dependent launches: every product reads what the lift just before it wrote, 200 times over."""
-    x, _, left, right = lift_operands((1,), *LIFTS[0])
+    x, _, left, right = lift_operands((1,), 576, LiftFormat(77, 32))
     rows, columns = 576, left.shape[0] * right.shape[1]
     packed, out_scale = sign_operands((1,), rows, columns)[2:]
     tiles, scale, left, right = (
