@@ -1,0 +1,68 @@
+"""Device functions of the warp-group sign_matmul: copies by the copy engine, their barriers, and the shared memory
+of the other blocks of a cluster. Only sm_90 and newer assemble them."""
+
+UNIFORM = r"""
+__device__ __forceinline__ int liftc_uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
+"""
+"""A value that all lanes of a warp have, in a form that lets the compiler know it."""
+
+FENCE_INIT = r"""
+__device__ __forceinline__ void liftc_fence_init() {
+  asm volatile("fence.mbarrier_init.release.cluster;\n\tfence.proxy.async.shared::cta;" ::: "memory");
+}
+"""
+"""Makes the barriers this thread initialised visible to the copy engine."""
+
+BARRIER_EXPECT = r"""
+__device__ __forceinline__ void liftc_barrier_expect(void* barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;"
+               :: "r"(static_cast<unsigned>(__cvta_generic_to_shared(barrier))), "r"(bytes) : "memory");
+}
+"""
+"""Arrive, and keep the phase open until so many bytes have been copied."""
+
+BARRIER_SIGNAL = r"""
+__device__ __forceinline__ void liftc_barrier_signal(void* barrier) {
+  asm volatile("mbarrier.arrive.shared.b64 _, [%0];"
+               :: "r"(static_cast<unsigned>(__cvta_generic_to_shared(barrier))) : "memory");
+}
+"""
+
+BARRIER_AWAIT = r"""
+__device__ __forceinline__ void liftc_barrier_await(void* barrier, int parity) {
+  const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(barrier));
+  unsigned done = 0;
+  while (!done)
+    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                 : "=r"(done) : "r"(at), "r"(parity) : "memory");
+}
+"""
+"""Wait until the phase of this parity is over, sleeping where the processor can."""
+
+BULK_COPY = r"""
+__device__ __forceinline__ void liftc_bulk_copy(void* to, const void* from, int bytes, void* barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+               :: "r"(static_cast<unsigned>(__cvta_generic_to_shared(to))), "l"(from), "r"(bytes),
+                  "r"(static_cast<unsigned>(__cvta_generic_to_shared(barrier))) : "memory");
+}
+"""
+"""One thread copies `bytes` (a multiple of 16) into shared memory; the barrier counts them."""
+
+LOAD_PEER = r"""
+__device__ __forceinline__ int liftc_load_peer(const void* at, int rank) {
+  unsigned peer;
+  int value;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
+               : "=r"(peer) : "r"(static_cast<unsigned>(__cvta_generic_to_shared(at))), "r"(rank));
+  asm volatile("ld.shared::cluster.s32 %0, [%1];" : "=r"(value) : "r"(peer) : "memory");
+  return value;
+}
+"""
+"""A word of the shared memory of block `rank` of the cluster, at the place where this block has `at`."""
+
+CLUSTER_SYNC = r"""
+__device__ __forceinline__ void liftc_cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+"""
+"""A barrier of all threads of the cluster, after which they see each other's shared memory."""

@@ -1,0 +1,133 @@
+// What warp-group kernels need beyond cuda_warp_emulator.h: wgmma whose results appear as late as the waits allow (or
+// at once: EARLY_COPIES), copies by the copy engine that barriers count, clusters of blocks.
+#pragma once
+#include "cuda_warp_emulator.h"
+
+namespace group {
+struct Product { uint32_t* d[16]; int results; uint32_t a[4][4]; uint64_t z; bool add; };
+struct Queue { std::vector<Product> open; std::deque<std::vector<Product>> groups; };
+struct Bulk { void* to; const void* from; int bytes; };
+static std::map<int, Queue> queues;
+static std::map<void*, std::vector<Bulk>> copies;  // on their way, by barrier
+static std::map<void*, long> expected;             // bytes, by barrier
+static std::map<int, block::Meeting> clusters;
+static int split = 1;
+
+// PTX ISA: fragments of wgmma.m64nNk32, shared memory without swizzle in matrices of 8 x 16 bytes, K-major.
+inline void compute(const Product& p) {
+  int lane = block::current % 32;
+  uint32_t start = (p.z & 0x3FFF) << 4, along_k = (p.z >> 16 & 0x3FFF) << 4, along_n = (p.z >> 32 & 0x3FFF) << 4;
+  for (int q = 0; q < p.results; ++q) {
+    int row = q % 4 / 2, column = q / 4 * 8 + lane % 4 * 2 + q % 2;
+    uint32_t sum = p.add ? *p.d[q] : 0;
+    for (int k = 0; k < 32; ++k) {
+      uint32_t av = p.a[k % 16 / 4][row + k / 16 * 2] >> (k % 4 * 8) & 255;
+      int8_t bv;
+      std::memcpy(&bv, pool_buf_ptr + start + column / 8 * along_n + k / 16 * along_k + column % 8 * 16 + k % 16, 1);
+      sum += uint32_t(int(av) * bv);
+    }
+    *p.d[q] = sum;
+  }
+}
+inline void multiply(std::vector<uint32_t*> d, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t z, bool add) {
+  int w = block::current / 32, lane = block::current % 32;
+  uint32_t mine[4] = {a0, a1, a2, a3};
+  std::memcpy(warp::a[w][lane], mine, 16);
+  block::meet(block::warps[w]);
+  Product p;
+  p.results = int(d.size()), p.z = z, p.add = add;
+  std::copy(d.begin(), d.end(), p.d);
+  for (int from = 0; from < 4; ++from) std::memcpy(p.a[from], warp::a[w][lane / 4 * 4 + from], 16);
+  block::meet(block::warps[w]);
+#ifdef EARLY_COPIES
+  compute(p);
+#else
+  queues[block::current].open.push_back(p);
+#endif
+}
+inline void wait(size_t pending) {
+  Queue& queue = queues[block::current];
+  for (; queue.groups.size() > pending; queue.groups.pop_front())
+    for (const Product& p : queue.groups.front()) compute(p);
+}
+inline void complete(void* at) {
+  Barrier& barrier = *static_cast<Barrier*>(at);
+  if (barrier.pending == 0 && expected[at] == 0) barrier.pending = barrier.arrivals, ++barrier.phase;
+}
+inline void land(void* at) {
+  for (const Bulk& c : copies[at]) {
+    std::memcpy(c.to, c.from, c.bytes);
+    expected[at] -= c.bytes;
+  }
+  if (!copies[at].empty()) {
+    copies[at].clear();
+    complete(at);
+  }
+}
+inline int rank() { return blockIdx.x % split; }
+}  // namespace group
+
+#define WGMMA_NAME(n) tvm_builtin_ptx_wgmma_int_rs_mma_async_sync_aligned_m64n##n##k32_s32_u8_s8
+#define FOUR(x) uint32_t &x##0, uint32_t &x##1, uint32_t &x##2, uint32_t &x##3
+#define FOUR_AT(x) &x##0, &x##1, &x##2, &x##3
+#define OPERANDS uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t z, uint32_t add
+inline void WGMMA_NAME(8)(FOUR(c), OPERANDS) { group::multiply({FOUR_AT(c)}, a0, a1, a2, a3, z, add); }
+inline void WGMMA_NAME(16)(FOUR(c), FOUR(d), OPERANDS) {
+  group::multiply({FOUR_AT(c), FOUR_AT(d)}, a0, a1, a2, a3, z, add);
+}
+inline void WGMMA_NAME(32)(FOUR(c), FOUR(d), FOUR(e), FOUR(f), OPERANDS) {
+  group::multiply({FOUR_AT(c), FOUR_AT(d), FOUR_AT(e), FOUR_AT(f)}, a0, a1, a2, a3, z, add);
+}
+inline void tvm_builtin_ptx_wgmma_fence_fence_sync_aligned() {}
+inline void tvm_builtin_ptx_wgmma_commit_group_commit_group_sync_aligned() {
+  group::Queue& queue = group::queues[block::current];
+  queue.groups.push_back(queue.open);
+  queue.open.clear();
+}
+inline void tvm_builtin_ptx_wgmma_wait_group_wait_group_sync_aligned_0() { group::wait(0); }
+inline void tvm_builtin_ptx_wgmma_wait_group_wait_group_sync_aligned_1() { group::wait(1); }
+inline void tvm_builtin_ptx_and_b32(uint32_t& d, uint32_t a, uint32_t b) { d = a & b; }
+inline void tvm_builtin_ptx_shr_b32(uint32_t& d, uint32_t a, uint32_t b) { d = b < 32 ? a >> b : 0; }
+inline uint32_t tvm_builtin_cluster_ctaid_x() { return group::rank(); }
+
+inline int liftc_uniform(int value) { return value; }
+inline void liftc_fence_init() {}
+inline void liftc_barrier_expect(void* at, int bytes) {
+  group::expected[at] += bytes;
+  --static_cast<Barrier*>(at)->pending;
+  group::complete(at);
+}
+inline void liftc_barrier_signal(void* at) {
+  --static_cast<Barrier*>(at)->pending;
+  group::complete(at);
+}
+inline void liftc_barrier_await(void* at, int parity) {
+  while (static_cast<Barrier*>(at)->phase % 2 == parity) {
+    group::land(at);
+    if (static_cast<Barrier*>(at)->phase % 2 == parity) block::give_way();
+  }
+}
+inline void liftc_bulk_copy(void* to, const void* from, int bytes, void* at) {
+  if (bytes % 16 || reinterpret_cast<uintptr_t>(to) % 16 || !warp::inside(from, bytes)) {
+    ++warp::bad_reads;
+    return;
+  }
+  group::copies[at].push_back({to, from, bytes});
+#ifdef EARLY_COPIES
+  group::land(at);
+#endif
+}
+inline void liftc_cluster_sync() {
+  int size = block::block_threads, cluster = block::current / (size * group::split);
+  block::Meeting& meeting = group::clusters[cluster];
+  meeting.size = size * group::split;
+  block::meet(meeting);
+}
+inline int liftc_load_peer(const void* at, int rank) {
+  int mine = block::current / block::block_threads;
+  const uchar* peer = reinterpret_cast<uchar*>(pools[mine - group::rank() + rank].data());
+  int value;
+  std::memcpy(&value, peer + (static_cast<const uchar*>(at) - pool_buf_ptr), 4);
+  return value;
+}
+extern "C" void set_split(int split) { group::split = split; }
