@@ -24,11 +24,22 @@ AXES: dict[str, dict[str, tuple[Any, ...]]] = {
         "z_buffers": (2, 3),
         "prefetch_tiles": (0, 4),
     },
+    "sign_matmul_warpgroup": {
+        "ring": (4, 5, 6, 8, 10),
+        "chunk_blocks": (2, 3, 4, 6, 8, 12, 16),
+        "split": (1, 2, 4),
+        "sets": (1, 2, 4),
+        "groups": (2, 3, 4),
+        "block_rows": (24, 32, 40),
+        "z_buffers": (2, 3),
+    },
     "lift_planes": {
-        "rows": (2, 4, 8),
-        "threads": (256, 384, 512, 768),
-        "blocks_per_processor": (1, 2, 4),
-        "results": (288, 576, 1152),
+        "group": (1, 2, 4),
+        "tiles": (1, 2, 4),
+        "units": (1, 2, 4),
+        "ahead": (2, 4, 8),
+        "left_depth": (2, 4, 8, 16),
+        "blocks_per_processor": (1, 2, 3, 4),
     },
 }
 """Values of the knobs that are varied; the others keep the family's choice."""
@@ -129,9 +140,10 @@ def _fits(knobs: Any, limit: int) -> bool:
     if knobs.shared_bytes() > limit:
         return False
     if hasattr(knobs, "sets"):  # accumulators: 4 per set, 16 rows and 8 columns, two columns a token
-        accumulators = 4 * knobs.sets * knobs.row_blocks * -(-2 * knobs.tokens // 8)
-        return bool((accumulators + _REGISTERS_BESIDE) * knobs.warps * 32 <= _REGISTER_FILE)
-    return True
+        rows, warps = getattr(knobs, "row_blocks", 1), getattr(knobs, "warps", 0) or 4 * knobs.groups
+        accumulators = 4 * knobs.sets * rows * -(-2 * knobs.tokens // 8)
+        return bool((accumulators + _REGISTERS_BESIDE) * warps * 32 <= _REGISTER_FILE)
+    return bool(getattr(knobs, "group", 1) <= knobs.tokens)
 
 
 def _cpu_fits(knobs: CpuKnobs) -> bool:

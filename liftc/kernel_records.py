@@ -80,6 +80,11 @@ class Record:
                 self.in_features, self.batch, self.dtype, knobs)  # fmt: skip
 
 
+def digits(value: float) -> float:
+    """A figure to five digits."""
+    return float(f"{value:.5g}")
+
+
 def chain_shapes(chain: str) -> tuple[tuple[int, int], ...]:
     """(out_features, in_features) of the products in one round of a chain; ValueError for other text."""
     body, _, rounds = chain.partition("*")

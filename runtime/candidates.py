@@ -12,12 +12,13 @@ from liftc.bundle import Bundle, BundleCandidate
 from liftc.errors import ArtifactError, LiftcError
 from liftc.format import LiftFormat
 from liftc.kernel_object import TARGETS
-from liftc.kernel_records import Record
+from liftc.kernel_records import Record, digits
 from liftc.runtime import operands
 from liftc.runtime.kernels import Kernels, load_kernels
 from liftc.runtime.operands import Linear, Operands
 from liftc.runtime.ops import Ops
 from liftc.runtime.planes import Planes
+from liftc.runtime.tiles import PRODUCTS
 from liftc.runtime.timing import Clock, machine_facts
 from liftc.spec import DTYPES
 
@@ -74,7 +75,8 @@ class Bench:
             return None
         mine = [f for f in loaded.object.functions if f.symbol in candidate.symbols]
         dtypes = {f.dtype for f in mine}
-        rest = [f for f in self.base.object.functions if f.op != candidate.op or f.dtype not in dtypes]
+        ops = PRODUCTS if candidate.op in PRODUCTS else (candidate.op,)
+        rest = [f for f in self.base.object.functions if f.op not in ops or f.dtype not in dtypes]
         functions = {**self.base.functions, **{f.symbol: loaded.functions[f.symbol] for f in mine}}
         return replace(
             self.base, object=replace(self.base.object, functions=(*mine, *rest)), functions=functions
@@ -165,8 +167,8 @@ class Bench:
         return Record(
             kernel=candidate.op, kernel_version=self.bundle.kernel_version, arch=self.bundle.arch, format=str(fmt),
             out_features=shape[0], in_features=shape[1], batch=batch, knobs=candidate.knobs, status="ok",
-            microseconds=round(time, 3), gigabytes_per_second=round(rate, 2), read_ceiling_gbs=round(self.ceiling, 1),
-            fraction_of_ceiling=round(rate / self.ceiling, 4), dtype=self.bundle.dtype, **self.facts,
+            microseconds=digits(time), gigabytes_per_second=digits(rate), read_ceiling_gbs=round(self.ceiling, 1),
+            fraction_of_ceiling=digits(rate / self.ceiling), dtype=self.bundle.dtype, **self.facts,
         )  # fmt: skip
 
     def _no(self, candidate: BundleCandidate, status: str, reason: str) -> Result:

@@ -143,8 +143,9 @@ def lift_is_right(ops: Ops, linear: Linear) -> bool:
     """Whether z is within MOST_STEP_ERROR steps of the float64 value, and what the product needs beside z fits."""
     operand, z_scale = lift(ops, linear)
     z = planes_to_z(operand) if isinstance(operand, Planes) else operand
-    real = reference.lift_real(linear.x.double(), None, linear.left.double(), linear.right.double())
-    step = real.abs().amax(-1, keepdim=True) / Z_MAX
+    factors = (linear.left.double(), linear.right.double())
+    real = reference.lift_real(linear.x.double(), None, *factors)
+    step = reference.lift_scale(linear.x.double(), None, *factors).double()
     near = ((z * z_scale.double() - real).abs() <= MOST_STEP_ERROR * step).all()
     scaled = ((z_scale.double() - step).abs() <= 1e-5 * step).all()
     if not bool(near & scaled):
@@ -156,10 +157,17 @@ def lift_is_right(ops: Ops, linear: Linear) -> bool:
 
 
 def planes_to_z(planes: Planes) -> Tensor:
-    """int16 (tokens, columns) that planes int8 (KB, 4, COLS, 64) stand for: 256 h + l, two columns a token."""
-    tokens = planes.tokens
-    parts = planes.data[:, :, : 2 * tokens].to(torch.int32).view(-1, 4, tokens, 2, 64).permute(2, 0, 1, 3, 4)
-    z = (256 * parts[..., 0, :] + parts[..., 1, :]).reshape(tokens, -1)
+    """int16 (tokens, columns) that planes stand for: 256 h + l, two columns of the product a token.
+
+    int8 (KB, 4, COLS, 64) has runs of 64 columns; (KB, 16, COLS, 16) of each 64 four times four, four apart.
+    """
+    tokens, data = planes.tokens, planes.data[:, :, : 2 * planes.tokens].to(torch.int32)
+    if data.shape[3] == 64:
+        parts = data.permute(2, 0, 1, 3).reshape(2 * tokens, -1)
+    else:
+        blocks = data.shape[0]
+        parts = data.reshape(blocks, 4, 4, 2 * tokens, 4, 4).permute(3, 0, 1, 4, 2, 5).reshape(2 * tokens, -1)
+    z = 256 * parts[0::2] + parts[1::2]
     return z[:, : planes.columns].to(torch.int16)
 
 

@@ -16,7 +16,7 @@ from liftc.errors import TargetError
 from liftc.runtime.kernels import Kernels
 
 _WARM_BYTES = 1.5e12
-_CPU_SECONDS = 0.25
+_CPU_SECONDS = 0.1
 
 
 class Clock:

@@ -31,7 +31,7 @@ def roofline(records: Sequence[Record], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    points = [(r, *point(r)) for r in records if r.microseconds and r.kernel in _KERNELS]
+    points = [(r, *point(r)) for r in records if r.gigabytes_per_second and r.kernel in _KERNELS]
     if not points:
         raise LiftcError("--plot: there is no measurement to draw")
     ceiling = max(r.read_ceiling_gbs or 0.0 for r in records)

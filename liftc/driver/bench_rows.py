@@ -10,7 +10,7 @@ import torch
 
 from liftc.errors import LiftcError
 from liftc.format import LiftFormat
-from liftc.kernel_records import Record
+from liftc.kernel_records import Record, digits
 from liftc.runtime import operands, peers
 from liftc.runtime.kernels import Kernels
 from liftc.runtime.operands import Linear, Operands
@@ -177,9 +177,9 @@ class Rows:
             kernel=kernel, kernel_version=self.kernels.object.kernel_version, arch=self.arch, format=str(fmt),
             out_features=shape[0], in_features=shape[1], batch=batch,
             knobs=self.knobs(kernel, batch) if knobs is None else knobs, status=status,
-            microseconds=round(time, 3) if good else None, gigabytes_per_second=round(rate, 2) if good else None,
+            microseconds=digits(time) if good else None, gigabytes_per_second=digits(rate) if good else None,
             read_ceiling_gbs=round(self.ceiling, 1),
-            fraction_of_ceiling=round(rate / self.ceiling, 4) if good else None,
+            fraction_of_ceiling=digits(rate / self.ceiling) if good else None,
             dtype=self._dtype(), **self.facts,
         )  # fmt: skip
 

@@ -53,8 +53,12 @@ class Worker:
         )
         self._lines: queue.Queue[str] = queue.Queue()
         self._errors: list[str] = []
-        for stream, take in ((self.process.stdout, self._lines.put), (self.process.stderr, self._keep)):
-            threading.Thread(target=self._read, args=(stream, take), daemon=True).start()
+        self._readers = [
+            threading.Thread(target=self._read, args=(stream, take), daemon=True)
+            for stream, take in ((self.process.stdout, self._lines.put), (self.process.stderr, self._keep))
+        ]
+        for reader in self._readers:
+            reader.start()
         try:
             self.hello = self.answer(START_SECONDS)
         except BaseException:
@@ -62,8 +66,9 @@ class Worker:
             raise
 
     def _read(self, stream: Any, take: Callable[[str], None]) -> None:
-        for line in stream:
-            take(line)
+        with stream:
+            for line in stream:
+                take(line)
         take("")
 
     def _keep(self, line: str) -> None:
@@ -111,6 +116,8 @@ class Worker:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        for reader in self._readers:
+            reader.join(2)
 
 
 def run_bundle(
@@ -185,15 +192,8 @@ def _start(folder: Path) -> Worker:
 
 def _known(record: Record) -> tuple[Any, ...]:
     knobs = json.dumps(record.knobs, sort_keys=True)
-    return (
-        record.kernel,
-        record.kernel_version,
-        record.arch,
-        record.dtype,
-        knobs,
-        record.format,
-        record.in_features,
-    )
+    return (record.kernel, record.kernel_version, record.arch, record.dtype, knobs, record.format,
+            record.out_features, record.in_features)  # fmt: skip
 
 
 def _wanted(bundle: Bundle, candidate: BundleCandidate) -> set[tuple[Any, ...]]:
