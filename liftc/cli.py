@@ -68,8 +68,10 @@ def _eval(a: argparse.Namespace) -> Answer:
 
 
 def _inspect(a: argparse.Namespace) -> Answer:
-    from liftc.driver.inspect import inspect_artifact
+    from liftc.driver.inspect import inspect_artifact, inspect_object
 
+    if a.artifact.suffix == ".so":
+        return inspect_object(a.artifact, check=not a.no_check)
     return inspect_artifact(a.artifact, graph=a.graph, tensors=a.tensors, check=not a.no_check)
 
 
@@ -120,7 +122,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     c.add_argument("-arch", "--arch", action="append", metavar="sm_XX", help="CUDA architectures; repeatable")
     c.add_argument("--cpu", default="native", help="CPU level: native, x86-64-v2, x86-64-v3, x86-64-v4")
-    c.add_argument("--records", type=Path, metavar="DIR", help="more records of liftc tune to choose kernels by")
+    c.add_argument(
+        "--records", type=Path, metavar="DIR", help="more records of liftc tune to choose kernels by"
+    )
     _add_calibration(c)
     _add_quantization(c)
     c.add_argument(
@@ -166,8 +170,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     _add_eval(commands)
 
-    i = _command(commands, "inspect", _inspect, "formats, byte ledger, targets of an artifact")
-    i.add_argument("artifact", type=Path)
+    i = _command(
+        commands, "inspect", _inspect, "formats, byte ledger, targets of an artifact; kernels of an object"
+    )
+    i.add_argument("artifact", type=Path, metavar="ARTIFACT|KERNELS.so")
     i.add_argument("--graph", action="store_true", help="print the program text")
     i.add_argument("--tensors", action="store_true", help="list every tensor")
     i.add_argument("--no-check", action="store_true", help="skip the sha256 of the files")

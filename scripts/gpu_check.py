@@ -5,7 +5,8 @@
 
 artifact: a language model compiled with --target cuda --target llvm; its CUDA object, copied to build/kernels, is
 what the tests use. Runs the tests marked gpu, checks the encoder against its reference bit for bit, compares
-quantizing and generation on GPU and CPU, times decoding, and measures the kernels (scripts/bench_gpu_kernels.py).
+quantizing and generation on GPU and CPU, times decoding, and measures the kernels (liftc bench kernels). --sanitize
+runs scripts/call_kernels.py under memcheck and racecheck of compute-sanitizer and writes their logs to OUT.
 With --model also quantizes it once per --row NAME:BITS (benchmarks/ablation.py) and the first of them a second
 time, which must give the same bytes. --captured: where torch is older than capture needs (liftc capture).
 """
@@ -13,8 +14,10 @@ time, which must give the same bytes. --captured: where torch is older than capt
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -98,15 +101,53 @@ def quantize_rows(a: argparse.Namespace) -> dict[str, Any]:
                    "--json", str(path), *(f"--text={t}" for t in a.text)]  # fmt: skip
         if a.captured:
             command += ["--captured", str(a.captured)]
-        if subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": _path()}).returncode == 0:
+        if subprocess.run(command, cwd=ROOT, env=_environment()).returncode == 0:
             answer = json.loads(path.read_text())
             found.setdefault(name, answer)
             found["same_bytes"] = answer["digest"] == found[a.row[0]]["digest"]
     return found
 
 
-def _path() -> str:
-    return os.pathsep.join([str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+def sanitize(kernels: Path, out: Path) -> dict[str, int]:
+    """Exit code of memcheck and racecheck over every kernel; logs go to OUT. Exits where the tool is absent."""
+    tool = find_sanitizer()
+    if tool is None:
+        sys.exit("--sanitize: there is no compute-sanitizer on this machine")
+    codes = {}
+    for check in ("memcheck", "racecheck"):
+        log = out / f"sanitizer-{check}.txt"
+        command = [
+            str(tool),
+            "--tool",
+            check,
+            "--error-exitcode",
+            "9",
+            sys.executable,
+            "scripts/call_kernels.py",
+        ]
+        with log.open("w") as stream:
+            done = subprocess.run(
+                [*command, str(kernels)], cwd=ROOT, stdout=stream, stderr=stream, env=_environment()
+            )
+        codes[check] = done.returncode
+        print(f"{check}: exit code {done.returncode}, {log}")
+    return codes
+
+
+def find_sanitizer() -> Path | None:
+    """compute-sanitizer of PATH, of a CUDA toolkit, or of a pip package."""
+    roots = [Path("/usr/local/cuda"), *Path("/usr/local").glob("cuda-*")]
+    places = [root / "bin" / "compute-sanitizer" for root in roots]
+    spec = importlib.util.find_spec("nvidia")
+    for root in (spec.submodule_search_locations or []) if spec else []:
+        places += sorted(Path(root).rglob("compute-sanitizer"))
+    found = shutil.which("compute-sanitizer")
+    return Path(found) if found else next((p for p in places if p.is_file()), None)
+
+
+def _environment() -> dict[str, str]:
+    path = os.pathsep.join([str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+    return {**os.environ, "PYTHONPATH": path}
 
 
 def main() -> None:
@@ -117,6 +158,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="Hugging Face folder to quantize")
     parser.add_argument("--captured", type=Path)
     parser.add_argument("--text", type=Path, action="append", default=[])
+    parser.add_argument("--sanitize", action="store_true", help="run the kernels under compute-sanitizer too")
     parser.add_argument("--row", action="append", default=[], metavar="NAME:BITS")
     a = parser.parse_args()
     a.out.mkdir(parents=True, exist_ok=True)
@@ -126,12 +168,17 @@ def main() -> None:
     kernels = next((a.artifact / "kernels").glob("cuda-*.so"))
     bench = [
         sys.executable,
-        "scripts/bench_gpu_kernels.py",
+        "-m",
+        "liftc",
+        "bench",
+        "kernels",
         str(kernels),
         "--json",
         str(a.out / "kernels.json"),
     ]
-    facts["bench_exit_code"] = subprocess.run(bench, cwd=ROOT).returncode
+    facts["bench_exit_code"] = subprocess.run(bench, cwd=ROOT, env=_environment()).returncode
+    if a.sanitize:
+        facts["sanitizer"] = sanitize(kernels, a.out)
     if a.model and a.row:
         facts["rows"] = quantize_rows(a)
     (a.out / "gpu_check.json").write_text(json.dumps(facts, indent=1))
@@ -140,6 +187,7 @@ def main() -> None:
         facts["kernel_tests_exit_code"] == 0 and facts["bench_exit_code"] == 0
         and not facts["encoder_different"] and facts["encoder_equal"] and facts["generation"]["tokens_equal"]
         and facts.get("rows", {}).get("same_bytes", True)
+        and not any(facts.get("sanitizer", {}).values())
     )  # fmt: skip
     sys.exit(0 if good else 1)
 

@@ -1,4 +1,4 @@
-"""inspect: what an artifact holds, from its manifest, plan and config; nothing is loaded."""
+"""inspect: what an artifact or a kernel object holds, from its descriptions; nothing is loaded."""
 
 from __future__ import annotations
 
@@ -7,7 +7,51 @@ from pathlib import Path
 from typing import Any
 
 from liftc.artifact import read_json, read_manifest
+from liftc.kernel_object import KernelObject, read_kernel_object
 from liftc.plan import Plan
+
+
+def inspect_object(path: Path, *, check: bool = True) -> dict[str, Any]:
+    """{"target", "archs", "functions", ...} of a kernel object; CUDA kernels with registers, spills, shared memory.
+
+    registers and spilled bytes are per thread, as the assembler reported them when the object was built. Raises
+    ArtifactError.
+    """
+    kernels = read_kernel_object(path, verify_hash=check)
+    rows = [row for function in kernels.functions for row in _function_rows(kernels, function.symbol)]
+    answer: dict[str, Any] = {
+        "object": path.name, "target": kernels.target, "archs": list(kernels.archs), "ptx": kernels.ptx,
+        "kernel_version": kernels.kernel_version, "toolchain": kernels.toolchain, "functions": rows,
+    }  # fmt: skip
+    lines = [
+        f"{path.name}: {kernels.target} {' '.join(kernels.archs)} {kernels.ptx}, version {kernels.kernel_version}",
+        kernels.toolchain,
+        "",
+        "| kernel | arch | registers | spilled bytes | shared memory of a block |",
+        "|---|---|---:|---:|---:|",
+    ]
+    lines += [
+        f"| {r['symbol']} | {r['arch']} | {r['registers']} | {r['spill_bytes']} | {r['shared_bytes']} |"
+        if r["registers"] else f"| {r['symbol']} | {r['arch']} | | | |"
+        for r in rows
+    ]  # fmt: skip
+    return {**answer, "text": "\n".join(lines)}
+
+
+def _function_rows(kernels: KernelObject, symbol: str) -> list[dict[str, Any]]:
+    """One row per architecture a function was compiled for; none of a CPU object has resources."""
+    function = next(f for f in kernels.functions if f.symbol == symbol)
+    found = [r for r in kernels.resources if r.symbol == symbol]
+    facts = {"symbol": symbol, "op": function.op, "max_tokens": function.max_tokens, "knobs": function.knobs}
+    if not found:
+        return [
+            {**facts, "arch": ",".join(kernels.archs), "registers": 0, "spill_bytes": 0, "shared_bytes": 0}
+        ]
+    return [
+        {**facts, "arch": r.arch, "registers": r.registers, "spill_bytes": r.spill_bytes,
+         "shared_bytes": function.shared_bytes + r.static_shared}
+        for r in found
+    ]  # fmt: skip
 
 
 def inspect_artifact(
