@@ -125,9 +125,9 @@ class LiftKnobs:
     tokens: int = 1
     group: int = 1
     tiles: int = 1
-    units: int = 2
+    units: int = 1
     ahead: int = 4
-    left_depth: int = 8
+    left_depth: int = 4
     warps: int = 8
     most_left: int = 256
     most_right: int = 256
@@ -138,7 +138,7 @@ class LiftKnobs:
         """Dynamic shared memory of a block."""
         right = self.tiles * -(-self.most_right // 32) * 2048
         mixed = self.group * self.tiles * -(-self.most_left // 16) * 1024
-        return right + mixed + -(-self.group * self.warps // 4) * 16 + -(-self.group // 4) * 16
+        return right + mixed + -(-self.group * self.warps // 2) * 16 + -(-self.group // 4) * 16
 
     def describe(self) -> tuple[str, ...]:
         """One text "name=value" per knob."""
@@ -187,9 +187,8 @@ LIFT_KNOBS: dict[str, tuple[LiftKnobs, ...]] = {
     family: tuple(
         replace(choice, dependent_launch=family in ("hopper", "blackwell"))
         for choice in (
-            LiftKnobs(1),
-            LiftKnobs(4, left_depth=4),
-            LiftKnobs(16, group=2, units=1, most_right=512, blocks_per_processor=2),
+            LiftKnobs(4),
+            LiftKnobs(16, group=2, left_depth=8, most_right=512, blocks_per_processor=2),
         )
     )
     for family in TENSOR_CORE_KNOBS

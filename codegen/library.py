@@ -194,19 +194,27 @@ def fixed_templates(name: str, archs: tuple[str, ...]) -> Iterator[KernelTemplat
 def lift_templates(
     name: str, archs: tuple[str, ...], choices: tuple[LiftKnobs, ...]
 ) -> Iterator[KernelTemplate]:
-    """The lift in one launch for one family of chips, fewest tokens first; imports TVM."""
+    """The lift in one launch for one family of chips, fewest tokens first: alone, behind a norm, behind a gate.
+
+    Imports TVM.
+    """
     from liftc.codegen import tensorcore_lift
 
     members = ",".join(archs)
     for knobs in choices:
-        for short, dtype in TIR_DTYPES.items():
-            symbol = f"lift_planes_{name}_{short}_{knobs.tokens}"
-            function = KernelFunction(
-                symbol, "lift_planes", short, max_tokens=knobs.tokens, shared_bytes=knobs.shared_bytes(),
-                archs=members, block_rows=knobs.tiles, block_results=knobs.group, most_left=knobs.most_left,
-                most_right=knobs.most_right, knobs=" ".join(knobs.describe()),
-            )  # fmt: skip
-            yield KernelTemplate(function, partial(tensorcore_lift.lift_planes, symbol, dtype, knobs))
+        for form in tensorcore_lift.FORMS:
+            op = "lift_planes" if form == "plain" else f"lift_planes_{form}"
+            for short, dtype in TIR_DTYPES.items():
+                if form != "plain" and short == "f32":
+                    continue  # language models run in half precision on a GPU
+                symbol = f"{op}_{name}_{short}_{knobs.tokens}"
+                function = KernelFunction(
+                    symbol, op, short, max_tokens=knobs.tokens, shared_bytes=knobs.shared_bytes(), archs=members,
+                    block_rows=knobs.tiles, block_results=knobs.group, most_left=knobs.most_left,
+                    most_right=knobs.most_right, knobs=" ".join(knobs.describe()),
+                )  # fmt: skip
+                make = partial(tensorcore_lift.lift_planes, symbol, dtype, knobs, form)
+                yield KernelTemplate(function, make)
 
 
 TUNED_TEMPLATES: tuple[TunedTemplate, ...] = (

@@ -162,29 +162,87 @@ __device__ __forceinline__ unsigned liftc_pack_bf16(float low, float high) {
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
   return pair;
 }
+__device__ __forceinline__ unsigned liftc_pack_half(float low, float high) {
+  unsigned pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
 __device__ __forceinline__ float liftc_from_half(unsigned bits) {
   float value;
   asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(static_cast<unsigned short>(bits)));
   return value;
 }
 """
-"""Two floats as bfloat16 in a word, the first one low; a float16 as a float."""
+"""Two floats as bfloat16 or float16 in a word, the first one low; a float16 as a float."""
 
 SPLIT = r"""
 __device__ __forceinline__ void liftc_split_pair(float a, float b, unsigned& high, unsigned& low) {
   high = liftc_pack_bf16(a, b);
   low = liftc_pack_bf16(a - __uint_as_float(high << 16), b - __uint_as_float(high & 0xffff0000u));
 }
+__device__ __forceinline__ float liftc_value(const unsigned* r, int i, int kind) {
+  if (kind == 0) return __uint_as_float(r[i]);
+  if (kind == 1) return liftc_from_half(r[i / 2] >> (i % 2 * 16));
+  return __uint_as_float(i % 2 ? r[i / 2] & 0xffff0000u : r[i / 2] << 16);
+}
+
+__device__ __forceinline__ unsigned liftc_pair(float low, float high, int kind) {
+  return kind == 1 ? liftc_pack_half(low, high) : liftc_pack_bf16(low, high);
+}
+
+__device__ __forceinline__ float liftc_squares_x8(const void* raw, int kind) {
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const float v = liftc_value(static_cast<const unsigned*>(raw), i, kind);
+    sum = fmaf(v, v, sum);
+  }
+  return sum;
+}
+
+__device__ __forceinline__ void liftc_norm_x8(void* raw, const void* gain, float root, int kind) {
+  unsigned* r = static_cast<unsigned*>(raw);
+  const unsigned* g = static_cast<const unsigned*>(gain);
+#pragma unroll
+  for (int i = 0; i < 8; i += 2) {
+    float a = liftc_value(r, i, kind) * root, b = liftc_value(r, i + 1, kind) * root;
+    if (kind == 0) {
+      r[i] = __float_as_uint(a * liftc_value(g, i, kind));
+      r[i + 1] = __float_as_uint(b * liftc_value(g, i + 1, kind));
+    } else {
+      r[i / 2] = liftc_pair(a, b, kind);
+      r[i / 2] = liftc_pair(liftc_value(r, i, kind) * liftc_value(g, i, kind),
+                            liftc_value(r, i + 1, kind) * liftc_value(g, i + 1, kind), kind);
+    }
+  }
+}
+
+__device__ __forceinline__ void liftc_gate_x8(void* raw, const void* up, int kind) {
+  unsigned* r = static_cast<unsigned*>(raw);
+  const unsigned* u = static_cast<const unsigned*>(up);
+#pragma unroll
+  for (int i = 0; i < 8; i += 2) {
+    float a = liftc_value(r, i, kind), b = liftc_value(r, i + 1, kind);
+    a = a / (1.0f + expf(-a));
+    b = b / (1.0f + expf(-b));
+    if (kind == 0) {
+      r[i] = __float_as_uint(a * liftc_value(u, i, kind));
+      r[i + 1] = __float_as_uint(b * liftc_value(u, i + 1, kind));
+    } else {
+      r[i / 2] = liftc_pair(a, b, kind);
+      r[i / 2] = liftc_pair(liftc_value(r, i, kind) * liftc_value(u, i, kind),
+                            liftc_value(r, i + 1, kind) * liftc_value(u, i + 1, kind), kind);
+    }
+  }
+}
+
 __device__ __forceinline__ float liftc_split_x4(const void* raw, int kind, int half, const void* scale,
                                                 int scaled, void* out) {
   const unsigned* r = static_cast<const unsigned*>(raw) + half * (kind == 0 ? 4 : 2);
   unsigned* b = static_cast<unsigned*>(out);
   float v[4];
 #pragma unroll
-  for (int i = 0; i < 4; ++i)
-    if (kind == 0) v[i] = __uint_as_float(r[i]);
-    else if (kind == 1) v[i] = liftc_from_half(r[i / 2] >> (i % 2 * 16));
-    else v[i] = __uint_as_float(i % 2 ? r[i / 2] & 0xffff0000u : r[i / 2] << 16);
+  for (int i = 0; i < 4; ++i) v[i] = liftc_value(r, i, kind);
   if (scaled) {
     const float4 s = *static_cast<const float4*>(scale);
     v[0] *= s.x;
@@ -211,7 +269,8 @@ __device__ __forceinline__ void liftc_store_mixed(const void* part, void* out) {
   to[64] = low;
 }
 """
-"""Floats as sums of two bfloat16 numbers, to 16 bits each. split_x4: half of eight values of x, scaled, as two words
+"""Floats as sums of two bfloat16 numbers, to 16 bits each. norm_x8, gate_x8: x of a norm or of a gate, rounded
+after each of its steps. split_x4: half of eight values of x, scaled, as two words
 of high parts and two of low parts (none where bfloat16 says it all); returns the sum of squares. store_mixed: four
 sums of 16 x 8 results as half an operand of high parts, and of low parts 512 bytes on."""
 

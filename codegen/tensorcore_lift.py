@@ -26,19 +26,26 @@ from liftc.codegen import tensorcore_device as device
 from liftc.codegen.knobs import LiftKnobs
 
 KINDS = {"float32": 0, "float16": 1, "bfloat16": 2}
+FORMS = ("plain", "norm", "gate")
 
 
-def lift_planes(symbol: str, dtype: str, knobs: LiftKnobs) -> Any:
+def lift_planes(symbol: str, dtype: str, knobs: LiftKnobs, form: str = "plain") -> Any:
     """PrimFunc x -> planes, totals, z_scale; z is within one step of liftc/reference.py.
 
-    x `dtype` (m, IC) 16-byte aligned, in_scale f32 (IC,) or (1,) for none, bound f32 (1,), left and right as above
-    -> planes int8 (KB, 4, COLS, 64) or (KB, 16, COLS, 16), totals int32 (P, m) what each block adds to the sums of
-    z, z_scale f32 (m, 1). Planes: column k = 256 b + 64 q + 16 s + 4 t + e of token c is bytes [b, q, 2 c and
-    2 c + 1, 16 s + 4 t + e], or [b, 4 q + t, 2 c and 2 c + 1, 4 s + e] as the warp groups read it, the high and the
-    low byte of z = 256 h + l (codegen/tensorcore_sign.py); columns past K are never written: their signs are 0
-    bits, so that they count for nothing. Then the integers grid = ceil(m / knobs.group) P, row_blocks, t1, t2, C;
-    P = row_blocks ceil(ceil(C / 16) / knobs.tiles). Limits: t1 <= most_left, t2 <= most_right, m <= tokens, t2 and
-    IC multiples of 8.
+    x `dtype` (m, IC) 16-byte aligned, gain `dtype` (G,), in_scale f32 (IC,) or (1,) for none, bound f32 (1,), left and
+    right as above -> planes int8 (KB, 4, COLS, 64) or (KB, 16, COLS, 16), totals int32 (P, m) what each block adds to
+    the sums of z, z_scale f32 (m, 1). Then f32 eps, and the integers grid = ceil(m / knobs.group) P, row_blocks, t1, t2
+    and C; P = row_blocks ceil(ceil(C / 16) / knobs.tiles). Limits: t1 <= most_left, t2 <= most_right, m <= tokens,
+    t2 and IC multiples of 8.
+
+    What is lifted, each step rounded to `dtype` as separate operations would: x itself where form is "plain"; gain *
+    (x * rsqrt(mean x^2 + eps)), G = IC, where it is "norm"; silu(gate) * up where it is "gate" and x is (m, 2 IC),
+    gate before up.
+
+    Planes: column k = 256 b + 64 q + 16 s + 4 t + e of token c is bytes [b, q, 2 c and 2 c + 1, 16 s + 4 t + e], or
+    [b, 4 q + t, 2 c and 2 c + 1, 4 s + e] as the warp groups read it, the high and the low byte of z = 256 h + l
+    (codegen/tensorcore_sign.py); columns past K are never written: their signs are 0 bits, so that they count for
+    nothing.
     """
     WARPS, GROUP, TILES, UNITS, AHEAD = knobs.warps, knobs.group, knobs.tiles, knobs.units, knobs.ahead
     THREADS = WARPS * 32
@@ -51,13 +58,14 @@ def lift_planes(symbol: str, dtype: str, knobs: LiftKnobs) -> Any:
 
     @T.prim_func
     def function(
-        x_arg: T.handle, in_scale_arg: T.handle, bound_arg: T.handle, left_arg: T.handle, right_arg: T.handle,
-        planes_arg: T.handle, totals_arg: T.handle, z_scale_arg: T.handle, grid: T.int32, row_blocks: T.int32,
-        t1: T.int32, t2: T.int32, C: T.int32,
+        x_arg: T.handle, gain_arg: T.handle, in_scale_arg: T.handle, bound_arg: T.handle, left_arg: T.handle,
+        right_arg: T.handle, planes_arg: T.handle, totals_arg: T.handle, z_scale_arg: T.handle, eps: T.float32,
+        grid: T.int32, row_blocks: T.int32, t1: T.int32, t2: T.int32, C: T.int32,
     ) -> None:  # fmt: skip
         T.func_attr({"tirx.noalias": True, "global_symbol": symbol})
         m = T.int32()
-        IC = T.int32()
+        XC = T.int32()
+        G = T.int32()
         SC = T.int32()
         NT = T.int32()
         KA = T.int32()
@@ -68,7 +76,8 @@ def lift_planes(symbol: str, dtype: str, knobs: LiftKnobs) -> Any:
         PIECES = T.int32()
         WIDE = T.int32()
         P = T.int32()
-        x = T.match_buffer(x_arg, (m, IC), dtype, align=16)
+        x = T.match_buffer(x_arg, (m, XC), dtype, align=16)
+        gain = T.match_buffer(gain_arg, (G,), dtype, align=16)
         in_scale = T.match_buffer(in_scale_arg, (SC,), "float32", align=4)
         bound = T.match_buffer(bound_arg, (1,), "float32", align=4)
         left = T.match_buffer(left_arg, (NT, KA, 32, 4), "int32", align=16)
@@ -83,16 +92,19 @@ def lift_planes(symbol: str, dtype: str, knobs: LiftKnobs) -> Any:
         pool = T.SMEMPool()
         right_s = pool.alloc((TILES * KJ_MOST * 256,), "uint32", align=16)
         mixed = pool.alloc((GROUP * TILES * KA_MOST * 256,), "uint32", align=16)
-        squares = pool.alloc((GROUP * WARPS,), "float32", align=16)
+        squares = pool.alloc((2 * GROUP * WARPS,), "float32", align=16)
         sums = pool.alloc((GROUP,), "int32", align=16)
         pool.commit(knobs.shared_bytes())
         raw = T.alloc_local((ITEMS * AHEAD * RAW,), "uint32")
+        raw_up = T.alloc_local(((ITEMS * AHEAD if form == "gate" else 1) * RAW,), "uint32")
+        root = T.alloc_local((GROUP,), "float32")
         w = T.alloc_local((TILES * 8,), "uint32")
         b = T.alloc_local((8,), "uint32")
         part = T.alloc_local((ITEMS * TILES * 8,), "float32")
         rows = T.alloc_local((DEPTH * 4,), "uint32")
         norm = T.alloc_local((GROUP,), "float32")
 
+        IC: T.let[T.int32] = XC // 2 if form == "gate" else XC
         lane: T.let[T.int32] = tx % 32
         warp: T.let[T.int32] = tx // 32
         which: T.int32 = T.truncmod(bx, P)
@@ -124,6 +136,32 @@ def lift_planes(symbol: str, dtype: str, knobs: LiftKnobs) -> Any:
             T.cuda.func_call("liftc_dependent_wait", source_code=device.DEPENDENT_WAIT)
         T.cuda.cta_sync()
 
+        if form == "norm":
+            for t in T.unroll(GROUP):
+                root[t] = T.float32(0)
+                for i in T.serial((IC // 8 - tx + THREADS - 1) // THREADS):
+                    T.cuda.func_call(
+                        "liftc_load_x8", x.ptr_to([token0 + t, (i * THREADS + tx) * 8]), KIND,
+                        T.Cast("int32", token0 + t < m), raw.ptr_to([0]), source_code=device.LOAD_X8,
+                    )  # fmt: skip
+                    root[t] = root[t] + T.cuda.func_call(
+                        "liftc_squares_x8",
+                        raw.ptr_to([0]),
+                        KIND,
+                        source_code=device.BF16,
+                        return_type="float32",
+                    )
+                T.cuda.func_call(
+                    "liftc_warp_sum", root[t], squares.ptr_to([(GROUP + t) * WARPS + warp]), lane,
+                    source_code=device.WARP_SUM,
+                )  # fmt: skip
+            T.cuda.cta_sync()
+            for t in T.unroll(GROUP):
+                root[t] = T.float32(0)
+                for q in T.unroll(WARPS):
+                    root[t] = root[t] + squares[(GROUP + t) * WARPS + q]
+                root[t] = T.rsqrt(root[t] * (T.float32(1) / T.Cast("float32", IC)) + eps)
+
         # P' for the rows a of X: 8 of them to a unit, units in turn by warp.
         for t in T.unroll(GROUP):
             norm[t] = T.float32(0)
@@ -143,8 +181,34 @@ def lift_planes(symbol: str, dtype: str, knobs: LiftKnobs) -> Any:
                                 )),
                                 raw.ptr_to([((t * UNITS + u) * AHEAD + s) * RAW]), source_code=device.LOAD_X8,
                             )  # fmt: skip
+                            if form == "gate":
+                                T.cuda.func_call(
+                                    "liftc_load_x8", x.ptr_to([token0 + t, IC + a * t2 + j]), KIND,
+                                    T.Cast("int32", T.And(
+                                        T.And(a < t1, j < t2), T.And(a * t2 + j < IC, token0 + t < m)
+                                    )),
+                                    raw_up.ptr_to([((t * UNITS + u) * AHEAD + s) * RAW]), source_code=device.LOAD_X8,
+                                )  # fmt: skip
                 for s in T.unroll(AHEAD):
                     if step * AHEAD + s < KJ // 2:
+                        for t in T.unroll(GROUP):
+                            for u in T.unroll(UNITS):
+                                k1: T.let[T.int32] = (
+                                    (((turn * UNITS + u) * WARPS + warp) * 8 + lane // 4) * t2
+                                    + (step * AHEAD + s) * 32 + lane % 4 * 8
+                                )  # fmt: skip
+                                if form == "norm":
+                                    T.cuda.func_call(
+                                        "liftc_norm_x8", raw.ptr_to([((t * UNITS + u) * AHEAD + s) * RAW]),
+                                        gain.ptr_to([T.Select(k1 < IC, k1, 0)]), root[t], KIND,
+                                        source_code=device.BF16,
+                                    )  # fmt: skip
+                                if form == "gate":
+                                    T.cuda.func_call(
+                                        "liftc_gate_x8", raw.ptr_to([((t * UNITS + u) * AHEAD + s) * RAW]),
+                                        raw_up.ptr_to([((t * UNITS + u) * AHEAD + s) * RAW]), KIND,
+                                        source_code=device.BF16,
+                                    )  # fmt: skip
                         for half in T.unroll(2):
                             for c in T.unroll(TILES):
                                 for part_of in T.unroll(2):

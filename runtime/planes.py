@@ -41,6 +41,23 @@ class Planes:
         return self.totals.shape[1]
 
 
+@dataclass(frozen=True)
+class Source:
+    """What a lift kernel makes of its input before it lifts it, rounding to the dtype of x after every step.
+
+    `op` is one of LIFT_OPS: x itself; gain (features,) * (x * rsqrt(mean x^2 + eps)) ; silu(gate) * up, where x holds
+    gate and up one after the other.
+    """
+
+    op: str = "lift_planes"
+    gain: Tensor | None = None
+    eps: float = 0.0
+
+
+LIFT_OPS = ("lift_planes", "lift_planes_norm", "lift_planes_gate")
+PLAIN, GATED = Source(), Source("lift_planes_gate")
+
+
 class PlaneKernels:
     """The kernels of one loaded object that make planes; `most_tokens` is 0 where the device has none."""
 
@@ -48,13 +65,14 @@ class PlaneKernels:
         """products: the kernels that read planes, in the order in which they are chosen, fewest tokens first."""
         functions = kernels.functions
         self._split = [functions[f.symbol] for f in kernels.of("split_z")]
-        self._lift: dict[torch.dtype, list[tuple[KernelFunction, Callable[..., None]]]] = {}
-        for f in kernels.of("lift_planes"):
-            self._lift.setdefault(DTYPES[f.dtype], []).append((f, functions[f.symbol]))
+        self._lift: dict[tuple[str, torch.dtype], list[tuple[KernelFunction, Callable[..., None]]]] = {}
+        for op in LIFT_OPS:
+            for f in kernels.of(op):
+                self._lift.setdefault((op, DTYPES[f.dtype]), []).append((f, functions[f.symbol]))
         self._products = products
         self.most_tokens = products[-1].max_tokens if products and self._split else 0
         self._words = PerFactors(factor_words)
-        self._ones: dict[torch.device, Tensor] = {}
+        self._ones: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self._processors: dict[torch.device, int] = {}
 
     def empty(
@@ -77,24 +95,27 @@ class PlaneKernels:
         return planes
 
     def lift(
-        self, x: Tensor, activation_scale: Tensor | None, left: Tensor, right: Tensor
+        self, x: Tensor, activation_scale: Tensor | None, left: Tensor, right: Tensor, source: Source = PLAIN
     ) -> tuple[Planes, Tensor] | None:
-        """Planes and z_scale f32 (..., 1) of x (..., IC), or None where no kernel takes this call."""
-        features = x.shape[-1] if x.dim() else 0
-        tokens = x.numel() // features if features else 0
+        """Planes and z_scale f32 (..., 1) of what `source` makes of x, or None where no kernel takes this call."""
+        width = x.shape[-1] if x.dim() else 0
+        tokens = x.numel() // width if width else 0
+        features = width // 2 if source.op == GATED.op else width
         if not 0 < tokens <= self.most_tokens or left.dim() != 2 or right.dim() != 2:
             return None
         t1, t2 = left.shape[0], right.shape[0]
         if features > t1 * t2 or features % 8 or t2 % 8 or not left.dtype == right.dtype == torch.float32:
             return None
-        for spec, function in self._lift.get(x.dtype, ()):
+        if source.gain is not None and (source.gain.dtype != x.dtype or source.gain.shape != (features,)):
+            return None
+        for spec, function in self._lift.get((source.op, x.dtype), ()):
             if spec.accepts(tokens, 0, 0) and t1 <= spec.most_left and t2 <= spec.most_right:
-                return self._lift_with(spec, function, tokens, x, activation_scale, left, right)
+                return self._lift_with(spec, function, tokens, x, activation_scale, left, right, source)
         return None
 
     def _lift_with(
         self, spec: KernelFunction, function: Callable[..., None], tokens: int, x: Tensor,
-        activation_scale: Tensor | None, left: Tensor, right: Tensor,
+        activation_scale: Tensor | None, left: Tensor, right: Tensor, source: Source,
     ) -> tuple[Planes, Tensor]:  # fmt: skip
         device, t1, (t2, lifted) = x.device, left.shape[0], right.shape
         left_words, right_words, bound = self._words(left, right)
@@ -105,9 +126,12 @@ class PlaneKernels:
         parts = row_blocks * column_blocks
         planes = self.empty(x.shape[:-1], tokens, t1 * lifted, device, parts)
         z_scale = torch.empty(tokens, 1, dtype=torch.float32, device=device)
-        scale = self._one_of(device) if activation_scale is None else _vectors(activation_scale)
-        arguments = (_vectors(x.reshape(tokens, -1)), scale, bound, left_words, right_words)
-        sizes = (groups * parts, row_blocks, t1, t2, lifted)
+        scale = (
+            self._one_of(device, torch.float32) if activation_scale is None else _vectors(activation_scale)
+        )
+        gain = self._one_of(device, x.dtype) if source.gain is None else _vectors(source.gain)
+        arguments = (_vectors(x.reshape(tokens, -1)), gain, scale, bound, left_words, right_words)
+        sizes = (source.eps, groups * parts, row_blocks, t1, t2, lifted)
         try:
             function(*arguments, planes.data, planes.totals, z_scale, *sizes)
         except _REFUSALS as error:
@@ -115,10 +139,10 @@ class PlaneKernels:
             raise LiftcError(f"liftc.lift: the kernels refuse this call ({lines[-1]})") from None
         return planes, z_scale.view(*x.shape[:-1], 1)
 
-    def _one_of(self, device: torch.device) -> Tensor:
-        one = self._ones.get(device)
+    def _one_of(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        one = self._ones.get((device, dtype))
         if one is None:
-            one = self._ones[device] = torch.ones(1, device=device)
+            one = self._ones[device, dtype] = torch.ones(1, device=device, dtype=dtype)
         return one
 
     def _processors_of(self, device: torch.device) -> int:

@@ -63,7 +63,7 @@ class Emulated:
 
     def __call__(
         self, symbol: str, grid: int, threads: int, streamed: tuple[torch.Tensor, torch.Tensor],
-        /, **arguments: torch.Tensor | int,
+        /, **arguments: torch.Tensor | int | float,
     ) -> None:  # fmt: skip
         """Run; `streamed` are the tensors that asynchronous copies and vector loads may read."""
         values: list[object] = [ctypes.c_int(grid), ctypes.c_int(threads)]
@@ -73,6 +73,8 @@ class Emulated:
             value = arguments[parameter.removesuffix("_ptr")]
             if isinstance(value, torch.Tensor):
                 values.append(ctypes.c_void_p(value.data_ptr()))
+            elif isinstance(value, float):
+                values.append(ctypes.c_float(value))
             else:
                 values.append(ctypes.c_int(value))
         run = getattr(self.library, f"run_{symbol}_kernel")

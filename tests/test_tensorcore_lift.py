@@ -25,6 +25,7 @@ from liftc.codegen import library, tensorcore_device, tensorcore_lift
 from liftc.codegen.build_cuda import tirx_source
 from liftc.codegen.knobs import LiftKnobs
 
+EPS = 1e-5
 SMALL = {"most_left": 64, "most_right": 128}
 KNOBS = {
     "one": LiftKnobs(1, ahead=2, left_depth=2, warps=2, **SMALL),
@@ -33,6 +34,7 @@ KNOBS = {
 }
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 KERNELS = [("one", d) for d in DTYPES] + [("pair", "bfloat16"), ("pair", "float32"), ("wide", "float16")]
+FUSED = [("one", "bfloat16"), ("wide", "float16"), ("pair", "float32")]
 SHAPES = (
     (72, LiftFormat(19, 8)), (40, LiftFormat(24, 16)), (8, LiftFormat(9, 8)), (608, LiftFormat(40, 16)),
     (800, LiftFormat(48, 24)), (1000, LiftFormat(77, 32)),
@@ -43,9 +45,10 @@ SHAPES = (
 def generated_source() -> str:
     """The CUDA source of every kernel of these tests."""
     templates = []
-    for name, dtype in KERNELS:
-        symbol = f"lift_{name}_{dtype}"
-        make = functools.partial(tensorcore_lift.lift_planes, symbol, dtype, KNOBS[name])
+    plain = [("plain", *kernel) for kernel in KERNELS]
+    for form, name, dtype in plain + [(form, *kernel) for form in ("norm", "gate") for kernel in FUSED]:
+        symbol = f"lift_{form}_{name}_{dtype}"
+        make = functools.partial(tensorcore_lift.lift_planes, symbol, dtype, KNOBS[name], form)
         templates.append(library.KernelTemplate(KernelFunction(symbol, "lift_planes", ""), make))
     return tirx_source(templates)
 
@@ -60,7 +63,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRe
 
 def run(
     emulated: Emulated, name: str, x: torch.Tensor, in_scale: torch.Tensor | None, left: torch.Tensor,
-    right: torch.Tensor, row_blocks: int = 1, pieces: int = 4,
+    right: torch.Tensor, row_blocks: int = 1, pieces: int = 4, form: str = "plain", gain: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Planes, sums of z and z_scale of one launch."""
     knobs, (tokens, features), (t2, lifted) = KNOBS[name], x.shape, right.shape
@@ -78,9 +81,10 @@ def run(
     totals, z_scale = torch.full((parts, tokens), 99, dtype=torch.int32), torch.full((tokens, 1), 99.0)
     scale = torch.ones(1) if in_scale is None else in_scale
     emulated(
-        f"lift_{name}_{dtype}", grid, knobs.warps * 32, (x, words),
-        x=x, in_scale=scale, bound=bound, left=left_words, right=right_words, planes=planes, totals=totals,
-        z_scale=z_scale, grid=grid, row_blocks=row_blocks, t1=left.shape[0], t2=t2, C=lifted, m=tokens, IC=features,
+        f"lift_{form}_{name}_{dtype}", grid, knobs.warps * 32, (x, words),
+        x=x, gain=x.new_ones(8) if gain is None else gain, eps=EPS, G=8 if gain is None else len(gain),
+        in_scale=scale, bound=bound, left=left_words, right=right_words, planes=planes, totals=totals,
+        z_scale=z_scale, grid=grid, row_blocks=row_blocks, t1=left.shape[0], t2=t2, C=lifted, m=tokens, XC=features,
         SC=scale.numel(), NT=left_words.shape[0], KA=left_words.shape[1], CT=right_words.shape[0],
         KJ=right_words.shape[1], KB=blocks, COLS=2 * tokens, PIECES=pieces, WIDE=256 // pieces, P=parts,
     )  # fmt: skip
@@ -129,6 +133,36 @@ def test_z_is_within_one_step(
     z = z_of(planes, tokens, width)
     check(z, z_scale, x, in_scale, left, right)
     assert torch.equal(totals, z.sum(1, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("in_features, fmt", SHAPES[::2])
+@pytest.mark.parametrize("name, dtype", FUSED)
+@pytest.mark.parametrize("form", ["norm", "gate"])
+@pytest.mark.parametrize("scaled", [True, False])
+def test_fused_forms_lift_what_separate_operations_make(
+    emulated: Emulated, in_features: int, fmt: LiftFormat, name: str, dtype: str, form: str, scaled: bool
+) -> None:
+    g = torch.Generator().manual_seed(in_features)
+    left, right = factors(in_features, fmt)
+    tokens, width = min(4, KNOBS[name].tokens), left.shape[0] * right.shape[1]
+    given = torch.randn(tokens, in_features * (1 + (form == "gate")), generator=g).to(DTYPES[dtype])
+    gain = (torch.rand(in_features, generator=g) + 0.5).to(DTYPES[dtype])
+    if form == "norm":
+        wide = given.float()
+        x = gain * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)).to(DTYPES[dtype])
+    else:
+        x = torch.nn.functional.silu(given[:, :in_features]) * given[:, in_features:]
+    in_scale = torch.rand(in_features, generator=g) + 0.5 if scaled else None
+    planes, totals, z_scale = run(
+        emulated, name, given, in_scale, left, right, 2, form=form, gain=gain if form == "norm" else None
+    )
+    z = z_of(planes, tokens, width)
+    assert torch.equal(totals, z.sum(1, dtype=torch.int32))
+    want, want_scale = reference.lift(x, in_scale, left, right)
+    # An exp or a root that is one bit off may turn a rounding of x, and with it a few steps of z.
+    torch.testing.assert_close(z_scale, want_scale, rtol=1e-4, atol=0)
+    away = (z.int() - want.int()).abs()
+    assert int(away.max()) <= 8 and float((away > 1).float().mean()) < 0.05
 
 
 def test_planes_for_warp_groups(emulated: Emulated) -> None:
