@@ -23,7 +23,7 @@ from liftc.runtime.operands import Operands
 from liftc.runtime.ops import Ops
 from liftc.spec import transform_shape
 
-SHAPES = ((33, 576), (2000, 576), (16, 64), (1, 64), (100, 1536), (576, 4096))
+SHAPES = ((33, 576), (1990, 576), (16, 64), (1, 64), (545, 1536), (570, 4096))
 FORMATS = (LiftFormat(77, 32), LiftFormat(24, 10))
 TOKENS = (1, 3, 4, 8, 13, 16)
 
