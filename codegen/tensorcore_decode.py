@@ -25,6 +25,7 @@ from liftc.codegen import tile_device
 MMA = "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
 LOAD4 = "ld.shared.v4.u32"
 WARPS = 8
+AHEAD = 3
 MOST_TILES = 24
 """Tiles of a row of blocks that a block of threads has as strings at a time."""
 MOST_FRAGMENTS = 24
@@ -73,7 +74,8 @@ def decode_tiles(symbol: str, dtype: str, short: str) -> Any:
         peak = pool.alloc((1,), "int32", align=16)
         pool.commit(SHARED_BYTES)
         acc = T.alloc_local((32,), "float32")
-        v = T.alloc_local((4,), "uint32")
+        v = T.alloc_local((4 * AHEAD,), "uint32")
+        rows = T.alloc_local((4,), "float32")
         a = T.alloc_local((8,), "uint32")
         b = T.alloc_local((8,), "uint32")
         w = T.alloc_local((4,), "uint32")
@@ -144,20 +146,29 @@ def decode_tiles(symbol: str, dtype: str, short: str) -> Any:
             first: T.int32 = T.truncdiv(begin * D, 256)
             width: T.int32 = T.truncdiv(end * D + 255, 256) - first
             T.cuda.cta_sync()
-            for i in T.serial((2 * width - warp + (WARPS - 1)) // WARPS):
-                which: T.int32 = i * WARPS + warp
-                second: T.int32 = T.Select(which >= width, 1, 0)
-                kb: T.int32 = which - second * width
-                if rb + second < NB:
-                    T.cuda.func_call(
-                        "liftc_load_tile", tiles.ptr_to([rb + second, first + kb, lane, 0]), v.ptr_to([0]),
-                        source_code=tile_device.LOAD_TILE,
-                    )  # fmt: skip
-                    T.cuda.func_call(
-                        "liftc_lay_rows", v[0], v[1], v[2], v[3],
-                        strings.ptr_to([(second * 16 + g) * STRIDE + kb * 8]), t, STRIDE * 2,
-                        source_code=tile_device.LAY_ROWS,
-                    )  # fmt: skip
+            for i in T.serial((2 * width - warp + (WARPS * AHEAD - 1)) // (WARPS * AHEAD)):
+                for n in T.unroll(AHEAD):  # loads first, so that their latencies overlap
+                    load: T.int32 = (i * AHEAD + n) * WARPS + warp
+                    upper: T.int32 = T.Select(load >= width, 1, 0)
+                    if load < 2 * width and rb + upper < NB:
+                        T.cuda.func_call(
+                            "liftc_load_tile",
+                            tiles.ptr_to([rb + upper, first + load - upper * width, lane, 0]), v.ptr_to([n * 4]),
+                            source_code=tile_device.LOAD_TILE,
+                        )  # fmt: skip
+                for n in T.unroll(AHEAD):
+                    lay: T.int32 = (i * AHEAD + n) * WARPS + warp
+                    second: T.int32 = T.Select(lay >= width, 1, 0)
+                    if lay < 2 * width and rb + second < NB:
+                        T.cuda.func_call(
+                            "liftc_lay_rows", v[n * 4], v[n * 4 + 1], v[n * 4 + 2], v[n * 4 + 3],
+                            strings.ptr_to([(second * 16 + g) * STRIDE + (lay - second * width) * 8]), t, STRIDE * 2,
+                            source_code=tile_device.LAY_ROWS,
+                        )  # fmt: skip
+            for r in T.unroll(4):  # rows g, 8 + g, 16 + g, 24 + g
+                rows[r] = T.float32(0)
+                if rb * 16 + r * 8 + g < OC:
+                    rows[r] = scale[rb * 16 + r * 8 + g] * down
             T.cuda.cta_sync()
             for i in T.serial((end - begin - warp + (WARPS - 1)) // WARPS):
                 block: T.int32 = begin + i * WARPS + warp
@@ -198,7 +209,7 @@ def decode_tiles(symbol: str, dtype: str, short: str) -> Any:
                                             acc[c], acc[c + 1], acc[c + 2], acc[c + 3],
                                         )  # fmt: skip
                             b_at = b_at + T.uint32(PARTS * 1024)
-                    for r in T.unroll(4):  # rows g, 8 + g, 16 + g, 24 + g
+                    for r in T.unroll(4):
                         out_row: T.int32 = rb * 16 + r * 8 + g
                         left: T.int32 = d - group * 32 - t * 8
                         if out_row < OC:
@@ -207,7 +218,7 @@ def decode_tiles(symbol: str, dtype: str, short: str) -> Any:
                                 f"liftc_store_eight_{short}",
                                 out.ptr_to([0, 0]),
                                 T.Cast("int64", out_row) * P + (block * d + group * 32 + t * 8),
-                                left, T.Select(d % 8 == 0, 1, 0), scale[out_row] * down,
+                                left, T.Select(d % 8 == 0, 1, 0), rows[r],
                                 acc[k], acc[k + 1], acc[k + 4], acc[k + 5],
                                 acc[k + 8], acc[k + 9], acc[k + 12], acc[k + 13],
                                 source_code=tile_device.STORE_EIGHT[short],

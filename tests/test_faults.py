@@ -285,6 +285,17 @@ def test_graph_with_a_forbidden_op_does_not_load(damaged: Path) -> None:
         liftc.load(damaged)
 
 
+def test_artifact_of_an_older_format_is_refused(damaged: Path) -> None:
+    """Format 1 had lifted_linear with other arguments."""
+    manifest = json.loads((damaged / MANIFEST).read_text())
+    manifest["format_version"] = 1
+    (damaged / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(
+        ArtifactError, match="has artifact format 1 and this liftc reads 2: compile the model again"
+    ):
+        liftc.load(damaged)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_cuda_on_a_machine_without_gpu(damaged: Path) -> None:
     manifest = json.loads((damaged / MANIFEST).read_text())

@@ -264,6 +264,44 @@ def test_both_orders_agree_and_invert_each_other(scale: bool) -> None:
     assert torch.equal(run_graph(back, "prefill", tensors, IDS), expected)
 
 
+def test_choose_order_reads_the_factors_of_a_folded_transform() -> None:
+    """The many-token graph reads what was folded from; nothing folded is kept that no graph reads."""
+    before = lowered(FoldDecodeTransform())
+    after = ChooseOrder(graphs=("prefill", "decode")).apply(before)
+    tensors = small_tensors(before)
+    expected = run_graph(before, "prefill", tensors, IDS)
+    assert torch.allclose(
+        run_graph(after, "prefill", tensors, IDS), expected, atol=2e-3 * float(expected.abs().max())
+    )
+    reads = [str(n.target) for n in after.graphs["prefill"].nodes if n.op == "get_attr"]
+    assert reads.count("whitening.right.32") == reads.count("mapping.77x32") == 1
+    assert "whitening.right.32.mapping.77x32" not in reads
+    assert PlanLayout().apply(after).folded == {} != after.folded
+    back = ChooseOrder(order="activation-first", graphs=("prefill",)).apply(after)
+    assert torch.equal(run_graph(back, "prefill", tensors, IDS), expected)
+
+
+def test_choose_order_leaves_other_right_factors_alone() -> None:
+    """A right factor that is no decode_right has no d and D to decode the weight with."""
+    text = """program "p" {
+      tensor @left : f32[2,2]
+      tensor @right : f32[4,6]
+      tensor @l.packed_weight : i32[1,12]
+      tensor @l.output_scale : f32[8]
+      linear @l weight=@w out=8 in=8 block=-1 lift=@l format=LQ-3/2
+      lift @l : LQ-3/2 in=8 left=2 right=4
+      graph forward(%x : f32[1,8]) {
+        %lift = liftc.lift.default(%x, None, @left, @right) : (i16[1,12], f32[1,1])
+        %z = operator.getitem(%lift, 0) : i16[1,12]
+        %s = operator.getitem(%lift, 1) : f32[1,1]
+        %y = liftc.sign_matmul.default(%z, %s, @l.packed_weight, @l.output_scale, dtype(f32)) : f32[1,8]
+        return %y
+      }
+    }"""
+    program = parse_program(text)
+    assert programs_equal(ChooseOrder().apply(program), program)
+
+
 def test_choose_order_casts_when_dtypes_differ() -> None:
     text = print_program(lowered()).replace("dtype(f32)) : f32[1,t,64]", "dtype(f16)) : f16[1,t,64]", 1)
     program = ChooseOrder(graphs=("prefill",)).apply(parse_program(text))
