@@ -15,6 +15,7 @@ from liftc.checkpoint import SafetensorsCheckpoint
 from liftc.errors import ArtifactError, LiftcError, TargetError
 from liftc.graphjson import graph_from_json
 from liftc.packing import packed_rows
+from liftc.runtime.fused_lifts import fuse
 from liftc.runtime.kernels import load_kernels
 from liftc.runtime.module import CausalLM, GraphModel
 from liftc.runtime.ops import Ops, register
@@ -118,7 +119,9 @@ def _tile_signs(graphs: dict[str, Graph], tensors: dict[str, torch.Tensor], tile
 
 
 def _pass_operands(graphs: dict[str, Graph], tensors: dict[str, torch.Tensor], ops: Ops) -> None:
-    """Let every lift whose z goes to tiled products only hand it over as operand bytes, without int16."""
+    """Let every lift whose z goes to tiled products only hand it over as operand bytes, without int16, and take the
+    input of the norm or the gate before it.
+    """
     for graph in graphs.values():
         for node in graph.nodes:
             if node.target is not ir.lift or not all(u.target is operator.getitem for u in node.users):
@@ -129,7 +132,7 @@ def _pass_operands(graphs: dict[str, Graph], tensors: dict[str, torch.Tensor], o
                 node.target = ops.lift_operands
                 for product in products:
                     product.target = ops.tiles.sign_matmul
-        graph.lint()
+        fuse(graph, ops)
 
 
 def _is_tiled_product(node: Node, values: list[Node], tensors: dict[str, torch.Tensor]) -> bool:
