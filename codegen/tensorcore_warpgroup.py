@@ -38,7 +38,9 @@ def sign_matmul_warpgroup(symbol: str, knobs: WarpgroupKnobs) -> Any:
     """
     GROUPS, RING, SETS, SPLIT = knobs.groups, knobs.ring, knobs.sets, knobs.split
     COLS = 2 * knobs.tokens
-    WIDE = max(COLS, 8)  # of an instruction: past the last column it multiplies what follows, and nobody reads it
+    WIDE = max(
+        COLS, 8
+    )  # of an instruction: past the last column it multiplies what follows, and nobody reads it
     NT = WIDE // 8
     CHUNK, BUFFERS = knobs.chunk_blocks, knobs.z_buffers
     ROWS = knobs.block_rows * 16
@@ -105,16 +107,18 @@ def sign_matmul_warpgroup(symbol: str, knobs: WarpgroupKnobs) -> Any:
         first: T.int32 = T.truncdiv(rank * KB, SPLIT)  # columns of this block, in blocks of 256
         width: T.int32 = T.truncdiv((rank + 1) * KB, SPLIT) - first
         count: T.int32 = (width + CHUNK - 1) // CHUNK
-        chunk: T.int32 = T.max(T.truncdiv(width + count - 1, T.max(count, 1)), 1)  # equal chunks of at most CHUNK
+        chunk: T.int32 = T.max(
+            T.truncdiv(width + count - 1, T.max(count, 1)), 1
+        )  # equal chunks of at most CHUNK
         count = T.truncdiv(width + chunk - 1, chunk)
         base: T.let[T.int32] = ((row0 + part) * KB + first) * TILE_WORDS + lane * 4
 
         ring_at: T.uint32 = T.cuda.cvta_generic_to_shared(
             ring.ptr_to([T.min(warp, WARPS - 1) * (RING * TILE_WORDS) + lane * 4])
         )
-        z_layout: T.uint64 = T.Cast(
-            "uint64", T.shift_right(T.cuda.cvta_generic_to_shared(chunks.ptr_to([0])), T.uint32(4))
-        ) | T.uint64(LAYOUT)
+        # In a cluster the upper bits of the address say which block's shared memory is meant.
+        z_begin: T.uint32 = T.cuda.cvta_generic_to_shared(chunks.ptr_to([0])) & T.uint32(0x3FFFF)
+        z_layout: T.uint64 = T.Cast("uint64", T.shift_right(z_begin, T.uint32(4))) | T.uint64(LAYOUT)
 
         below: T.int32 = 4 * KB  # tiles from a row block to the one four below
         # Prefetch cursor: steps left in this chunk, column block and quad of the next step, its word offset.
@@ -201,9 +205,7 @@ def sign_matmul_warpgroup(symbol: str, knobs: WarpgroupKnobs) -> Any:
             total[tx] = 0
         if tx == THREADS - 1:
             for i in T.serial(BUFFERS * CHUNK):
-                T.cuda.func_call(
-                    "liftc_barrier_init", full.ptr_to([i]), 1, source_code=device.BARRIER_INIT
-                )
+                T.cuda.func_call("liftc_barrier_init", full.ptr_to([i]), 1, source_code=device.BARRIER_INIT)
             for i in T.serial(BUFFERS):
                 T.cuda.func_call(
                     "liftc_barrier_init", empty.ptr_to([i]), WARPS, source_code=device.BARRIER_INIT

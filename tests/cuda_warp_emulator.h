@@ -17,17 +17,21 @@ constexpr int POOL = 1 << 18;
 static std::vector<std::vector<uint64_t>> pools;  // shared memory of every block that runs
 inline uchar* pool_of_block() { return reinterpret_cast<uchar*>(pools[block::current / block::block_threads].data()); }
 #define pool_buf_ptr pool_of_block()
+#ifndef SHARED_WINDOW
+#define SHARED_WINDOW 0u  // what 32-bit addresses of this block's shared memory have in their upper eight bits
+#endif
+inline uchar* shared_at(uint32_t at) { return pool_buf_ptr + (at & 0xFFFFFF); }
 
 namespace warp {
 struct Copy { uint32_t to; const void* from; };
 struct Pipe { std::vector<Copy> open; std::deque<std::vector<Copy>> groups; };
 static std::map<int, Pipe> pipes;
-static uint32_t a[64][32][4], b[64][32][2];
+static uint32_t a[256][32][4], b[256][32][2];
 static const uchar *begin, *end;  // what asynchronous copies and prefetches may touch besides `tiles`
 static const uchar *tiles_begin, *tiles_end;
 static long bad_reads;
 
-inline void copy(const Copy& c) { std::memcpy(pool_buf_ptr + c.to, c.from, 16); }
+inline void copy(const Copy& c) { std::memcpy(shared_at(c.to), c.from, 16); }
 inline void flush(std::vector<Copy>& group) { for (const Copy& c : group) copy(c); group.clear(); }
 inline bool inside(const void* p, size_t size) {
   const uchar* at = static_cast<const uchar*>(p);
@@ -41,7 +45,7 @@ inline void begin_blocks(int count) {
 }
 }  // namespace warp
 
-inline uint32_t tvm_builtin_cuda_cvta_generic_to_shared(void* p) { return uint32_t(static_cast<uchar*>(p) - pool_buf_ptr); }
+inline uint32_t tvm_builtin_cuda_cvta_generic_to_shared(void* p) { return uint32_t(static_cast<uchar*>(p) - pool_buf_ptr) | SHARED_WINDOW; }
 inline void tvm_builtin_cuda_cta_sync() { __syncthreads(); }
 inline void tvm_builtin_ptx_cp_async_cg_async_cg_shared_global_16(uint32_t to, const void* from) {
   if (!warp::inside(from, 16)) return;
@@ -62,7 +66,7 @@ inline void cp_async_wait_group(int pending) {
 }
 inline void tvm_builtin_ptx_ld_vec_shared_v4_u32(uint32_t& d0, uint32_t& d1, uint32_t& d2, uint32_t& d3, uint32_t at) {
   uint32_t v[4];
-  std::memcpy(v, pool_buf_ptr + at, 16);
+  std::memcpy(v, shared_at(at), 16);
   d0 = v[0], d1 = v[1], d2 = v[2], d3 = v[3];
 }
 inline void tvm_builtin_ptx_ld_vec_shared_v4_u32_pred_undef(uint32_t& d0, uint32_t& d1, uint32_t& d2, uint32_t& d3,
@@ -72,9 +76,9 @@ inline void tvm_builtin_ptx_ld_vec_shared_v4_u32_pred_undef(uint32_t& d0, uint32
 }
 inline void tvm_builtin_ptx_red_shared_add_u32(uint32_t at, uint32_t value) {
   uint32_t old;
-  std::memcpy(&old, pool_buf_ptr + at, 4);
+  std::memcpy(&old, shared_at(at), 4);
   old += value;
-  std::memcpy(pool_buf_ptr + at, &old, 4);
+  std::memcpy(shared_at(at), &old, 4);
 }
 inline void tvm_builtin_ptx_mma_int_sync_aligned_m16n8k32_row_col_s32_u8_s8_s32(
     uint32_t& d0, uint32_t& d1, uint32_t& d2, uint32_t& d3, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,

@@ -1,6 +1,9 @@
 // What warp-group kernels need beyond cuda_warp_emulator.h: wgmma whose results appear as late as the waits allow (or
 // at once: EARLY_COPIES), copies by the copy engine that barriers count, clusters of blocks.
 #pragma once
+#include <cstdint>
+static uint32_t window_of_block();
+#define SHARED_WINDOW window_of_block()
 #include "cuda_warp_emulator.h"
 
 namespace group {
@@ -66,6 +69,7 @@ inline void land(void* at) {
 }
 inline int rank() { return blockIdx.x % split; }
 }  // namespace group
+static uint32_t window_of_block() { return uint32_t(group::rank()) << 24; }
 
 #define WGMMA_NAME(n) tvm_builtin_ptx_wgmma_int_rs_mma_async_sync_aligned_m64n##n##k32_s32_u8_s8
 #define FOUR(x) uint32_t &x##0, uint32_t &x##1, uint32_t &x##2, uint32_t &x##3

@@ -6,12 +6,11 @@ What a GPU adds is in test_tiles_gpu.py.
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 
 import pytest
 import torch
-from operand_layouts import group_planes, tile_layout
 from emulated_kernels import Emulated
+from operand_layouts import group_planes, tile_layout
 
 from liftc import reference
 from liftc.packing import pack_signs
@@ -42,7 +41,9 @@ def generated_source() -> str:
 @pytest.fixture(scope="module", params=[False, True], ids=["late copies", "early copies"])
 def emulated(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Emulated:
     folder = tmp_path_factory.mktemp("emulated")
-    return Emulated(folder, request.param, generated_source(), "cuda_warpgroup_emulator.h", tensorcore_device.WARP_ADD)
+    return Emulated(
+        folder, request.param, generated_source(), "cuda_warpgroup_emulator.h", tensorcore_device.WARP_ADD
+    )
 
 
 @pytest.mark.parametrize(
