@@ -34,12 +34,12 @@ AXES: dict[str, dict[str, tuple[Any, ...]]] = {
         "z_buffers": (2, 3),
     },
     "lift_planes": {
-        "group": (1, 2, 4),
-        "tiles": (1, 2, 4),
-        "units": (1, 2, 4),
+        "blocks_per_processor": (1, 2, 3, 4),
         "ahead": (2, 4, 8),
         "left_depth": (2, 4, 8, 16),
-        "blocks_per_processor": (1, 2, 3, 4),
+        "group": (1, 2, 4),
+        "units": (1, 2, 4),
+        "tiles": (1, 2, 4),
     },
 }
 """Values of the knobs that are varied; the others keep the family's choice."""
