@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,10 @@ def build_candidates(
         for future in as_completed(waiting):
             found[waiting[future].name] = future.result()
             built(sum(map(len, found.values())))
+    except BrokenExecutor:
+        raise BuildError(
+            "tune: a compiling process died, perhaps of too little memory; give fewer --jobs"
+        ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
     return [candidate for job in jobs for candidate in found[job.name]]

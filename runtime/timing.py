@@ -94,6 +94,11 @@ def _wall(run: Callable[[], Any], repeats: int) -> list[float]:
     return times
 
 
+def has_gpu() -> bool:
+    """Whether torch finds a CUDA GPU."""
+    return torch.cuda.is_available()
+
+
 def device_name(device: torch.device) -> str:
     """What the maker calls the GPU, or the CPU."""
     if device.type == "cuda":

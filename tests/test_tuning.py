@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -293,6 +295,7 @@ ptxas info    : Used 32 registers, 400 bytes cmem[0]
         (["tune", "--run", "missing"], "cannot read missing/plan.json"),
         (["tune", "8x8", "--run", "missing"], "takes a bundle and builds nothing"),
         (["tune", "--serve"], "name the tracker"),
+        (["tune", "--run", "missing", "--tracker", "here"], "write it as HOST:PORT"),
         (["bench", "kernels", "missing.so"], "missing.so is missing"),
     ],
 )  # fmt: skip
@@ -313,3 +316,37 @@ def test_bad_numbers_end_the_parser(option: list[str], capsys: pytest.CaptureFix
     with pytest.raises(SystemExit) as caught:
         cli.main(["tune", "8x8", *option])
     assert caught.value.code == 2 and "expected" in capsys.readouterr().err
+
+
+def test_a_sweep_on_a_machine_of_a_tracker(bundle: Path, tmp_path: Path) -> None:
+    """TVM's RPC finds the machine and carries the files; the records are those of a local run."""
+    for package in ("tornado", "cloudpickle", "psutil"):
+        pytest.importorskip(package, reason="the RPC tracker needs it")
+    from tvm.rpc.tracker import Tracker
+
+    from liftc.driver.tune_rpc import run_on_tracker
+
+    tracker = Tracker("127.0.0.1", 19190, 19290, silent=True)
+    command = [
+        sys.executable,
+        "-m",
+        "liftc",
+        "tune",
+        "--serve",
+        "--tracker",
+        f"127.0.0.1:{tracker.port}",
+        "--key",
+        "k",
+    ]
+    environment = {**os.environ, "LIFTC_RECORDS": str(tmp_path / "remote"), "OMP_NUM_THREADS": "1"}
+    server = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    try:
+        answer = run_on_tracker(
+            bundle, f"127.0.0.1:{tracker.port}", "k", replace(OPTIONS, records=tmp_path / "here")
+        )
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.wait(20)
+        tracker.terminate()
+    (here,), (there,) = (tmp_path / "here").glob("*.jsonl"), (tmp_path / "remote").glob("*.jsonl")
+    assert read_records(here) == read_records(there) and answer["measured"] == 4

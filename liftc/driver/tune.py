@@ -15,8 +15,9 @@ from typing import Any
 from liftc import env
 from liftc.bundle import Bundle, Work, object_hashes, read_bundle, write_bundle
 from liftc.driver.tune_run import Sweep, run_bundle
-from liftc.errors import LiftcError, RecordError
+from liftc.errors import LiftcError, RecordError, TargetError
 from liftc.kernel_records import Record, merge_records, read_folders
+from liftc.runtime.timing import has_gpu
 
 POOL_BYTES = {"cuda": 1_500_000_000, "llvm": 256_000_000}
 """Distinct signs walked through in one timing, so that no cache holds them."""
@@ -108,6 +109,10 @@ def build_bundle(source: str, folder: Path, options: TuneOptions) -> Bundle:
 
 def tune(source: str, options: TuneOptions) -> dict[str, Any]:
     """Build and measure on this machine; the answer has the best knobs. Raises LiftcError."""
+    if options.target == "cuda" and not has_gpu():
+        raise TargetError(
+            "tune: torch finds no CUDA GPU here; use --build-only -o BUNDLE and --run it where one is"
+        )
     with tempfile.TemporaryDirectory(prefix="liftc-tune-") as scratch:
         folder = Path(scratch) / "bundle"
         build_bundle(source, folder, options)

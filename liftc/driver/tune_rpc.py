@@ -50,15 +50,15 @@ def serve(tracker: str, key: str) -> None:
 
 def run_on_tracker(folder: Path, tracker: str, key: str, options: TuneOptions) -> dict[str, Any]:
     """Measure a bundle on a machine of the tracker and append its records here too; raises LiftcError."""
+    host, port = _address(tracker)
     rpc = _import_rpc()
     bundle = read_bundle(folder)
-    host, port = _address(tracker)
     try:
         session = rpc.connect_tracker(host, port).request(
             key, priority=1, session_timeout=options.budget + _SLACK_SECONDS
         )
         for path in sorted(p for p in folder.iterdir() if p.is_file()):
-            session.upload(str(path), target=path.name)
+            session.upload(bytearray(path.read_bytes()), target=path.name)
         answer = json.loads(session.get_function(FUNCTION)(float(options.budget), int(options.again)))
     except (OSError, RuntimeError, ValueError, AttributeError) as error:
         line = next((part for part in str(error).splitlines() if part.strip()), type(error).__name__)
