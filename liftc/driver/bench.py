@@ -24,18 +24,21 @@ from liftc.runtime.kernels import Kernels, load_kernels, runs_on
 CHAIN_ROUNDS = {"llama-2-70b": 6, "llama-2-7b": 8}
 """Layers in the chain of a shape set; other chains repeat until their signs fill the pool."""
 
+KINDS = ("chains", "shapes", "peers", "prefill")
+
 DEFAULT_SHAPES = {"cuda": ("llama-2-70b", "llama-2-7b"), "cpu": ("smollm2-135m",)}
 POOL_BYTES = {"cuda": 2_000_000_000, "cpu": 256_000_000}
 
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """Arguments of `liftc bench kernels`. prefill: tokens of the many-token rows, 0 for none. peers: also time what
-    the kernels replace. shared_bytes: use only kernels whose blocks ask for at most that. pool_bytes: distinct signs
+    """Arguments of `liftc bench kernels`. only: kinds of rows (of KINDS), all by default. prefill: tokens of the
+    many-token rows, 0 for none. peers: also time what the kernels replace. shared_bytes: use only kernels whose blocks ask for at most that. pool_bytes: distinct signs
     per timing, 0 for operands in cache, None for the usual.
     """
 
     shapes: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
     formats: tuple[str, ...] = ()
     batches: tuple[int, ...] = ()
     peers: bool = True
@@ -120,6 +123,7 @@ def within_shared(kernels: Kernels, most: int) -> Kernels:
 
 def _measure(rows: Rows, path: Path, options: BenchOptions) -> Iterator[Record]:
     batches = options.batches or (1, 4, 8, 16)
+    kinds = set(options.only or KINDS) - (set() if options.peers else {"peers"})
     for name, work in _sources(rows, path, options):
         formats: dict[str, list[tuple[int, int]]] = {}
         for w in work:
@@ -127,14 +131,15 @@ def _measure(rows: Rows, path: Path, options: BenchOptions) -> Iterator[Record]:
         for text, shapes in formats.items():
             fmt = LiftFormat.parse(text)
             for batch in batches:
-                if len(shapes) > 1:
+                if len(shapes) > 1 and "chains" in kinds:
                     yield from rows.chain(shapes, CHAIN_ROUNDS.get(name, 0), fmt, batch)
             for shape in shapes:
                 for batch in batches:
-                    yield from rows.shape(shape, fmt, batch)
-                    if options.peers:
+                    if "shapes" in kinds:
+                        yield from rows.shape(shape, fmt, batch)
+                    if "peers" in kinds:
                         yield from rows.others(shape, fmt, batch)
-                if options.prefill:
+                if options.prefill and "prefill" in kinds:
                     yield from rows.prefill(shape, fmt, options.prefill)
 
 
