@@ -55,7 +55,8 @@ def _bench(a: argparse.Namespace) -> Answer:
 
     file = a.json if isinstance(a.json, Path) else None
     options = BenchOptions(
-        shapes=tuple(a.shapes or ()), formats=tuple(a.format or ()), batches=tuple(a.batch or ()), peers=not a.no_peers,
+        shapes=tuple(a.shapes or ()),
+        only=tuple(a.only or ()), formats=tuple(a.format or ()), batches=tuple(a.batch or ()), peers=not a.no_peers,
         prefill=a.prefill, shared_bytes=a.shared_memory, pool_bytes=a.pool, json=file, plot=a.plot,
         records=a.records, threads=a.threads, progress=not a.quiet,
     )  # fmt: skip
@@ -122,6 +123,9 @@ def add_commands(commands: Any, command: Callable[..., Any]) -> None:
     )
     b.add_argument(
         "--prefill", type=_whole, default=2048, metavar="N", help="tokens of prefill rows, 0 for none"
+    )
+    b.add_argument(
+        "--only", action="append", choices=("chains", "shapes", "peers", "prefill"), help="repeatable"
     )
     b.add_argument(
         "--no-peers", action="store_true", help="leave out dense, unpacked and other people's kernels"

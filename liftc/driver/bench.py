@@ -33,8 +33,8 @@ POOL_BYTES = {"cuda": 2_000_000_000, "cpu": 256_000_000}
 @dataclass(frozen=True)
 class BenchOptions:
     """Arguments of `liftc bench kernels`. only: kinds of rows (of KINDS), all by default. prefill: tokens of the
-    many-token rows, 0 for none. peers: also time what the kernels replace. shared_bytes: use only kernels whose blocks ask for at most that. pool_bytes: distinct signs
-    per timing, 0 for operands in cache, None for the usual.
+    many-token rows, 0 for none. peers: also time what the kernels replace. shared_bytes: use only kernels whose
+    blocks ask for at most that. pool_bytes: distinct signs per timing, 0 for operands in cache, None for the usual.
     """
 
     shapes: tuple[str, ...] = ()
