@@ -18,6 +18,7 @@ from liftc.spec import Z_MAX, transform_shape
 
 Tensor = torch.Tensor
 _ROWS_AT_ONCE = 2048
+_ALIGNED_WORDS = 32
 MOST_STEP_ERROR = 0.75
 """Largest distance of a lift's z from the real value, in steps of z: rounding gives 0.5, float32 sums a little."""
 
@@ -61,13 +62,13 @@ class Operands:
         self._at = 0
 
     def words(self, count: int) -> Tensor:
-        """The next `count` words, from the start again where the pool ends; LiftcError when it is smaller."""
+        """The next `count` words, 128 bytes aligned, from the start again where the pool ends; it grows if it must."""
         if count > self.pool.numel():
             self._grow(count)
         if self._at + count > self.pool.numel():
             self._at = 0
-        self._at += count
-        return self.pool[self._at - count : self._at]
+        start, self._at = self._at, self._at + -(-count // _ALIGNED_WORDS) * _ALIGNED_WORDS
+        return self.pool[start : start + count]
 
     def _grow(self, count: int) -> None:
         more = torch.empty(count - self.pool.numel(), dtype=torch.int32, device=self.device)
