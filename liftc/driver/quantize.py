@@ -225,11 +225,12 @@ def _resume_or_clear(partial: Path, fingerprint: Mapping[str, Any], *, resume: b
             )
         if changed:
             shutil.rmtree(partial)
-            said = f"starting over: {', '.join(changed)} differ from the interrupted run in {partial}"
+            named = ", ".join(changed)
+            said = f"starting over: {named} differ from the interrupted run in {partial}" if previous else ""
         else:
             done = len(list((partial / "quantized").glob("block-*.safetensors")))
             said = f"continuing the interrupted run in {partial}: {done} blocks are done"
-        if announce:
+        if announce and said:
             print(said, file=sys.stderr)
     try:
         partial.mkdir(parents=True, exist_ok=True)
