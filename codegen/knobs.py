@@ -48,7 +48,8 @@ class TensorCoreKnobs:
     than it waits for. row_blocks: blocks of 16 rows, 1 or 2, that share one load of z. sets: accumulator sets per
     16 rows and 4 tokens, 1, 2, 4 or 8 (fewer: fewer registers, more shifts). chunk_blocks: blocks of 256 columns
     in a chunk of z, z_buffers: chunks in shared memory at a time. block_rows: most blocks of 16 rows of one
-    block. prefetch_tiles: tiles per warp asked into L2 behind the ring. dependent_launch:
+    block. prefetch_tiles: tiles per warp asked into L2 behind the ring. first_tiles: tiles of the ring that a warp asks
+    for at once, each of the others when one has come (0: all at once), so that other loads wait less. dependent_launch:
     start while the kernel before still runs (sm_90 on). pad_bytes: unused shared memory, to keep blocks apart.
     """
 
@@ -61,6 +62,7 @@ class TensorCoreKnobs:
     z_buffers: int = 2
     block_rows: int = 32
     prefetch_tiles: int = 0
+    first_tiles: int = 0
     dependent_launch: bool = False
     pad_bytes: int = 0
 
@@ -81,8 +83,8 @@ class TensorCoreKnobs:
 class WarpgroupKnobs:
     """Choices of the warp-group sign_matmul (codegen/tensorcore_warpgroup.py).
 
-    tokens: the most tokens of a call, 1, 2 or a multiple of 4. groups: warp groups of a block. ring: tiles a warp has in
-    flight, one more than it waits for. sets: accumulator sets, 1, 2, 4 or 8 (fewer: fewer registers, more shifts).
+    tokens: the most tokens of a call, 1, 2 or a multiple of 4. groups: warp groups of a block. ring: tiles a warp has
+    in flight, one more than it waits for. sets: accumulator sets, 1, 2, 4 or 8 (fewer: fewer registers, more shifts).
     chunk_blocks: blocks of 256 columns that the groups share at a time, z_buffers: chunks in shared memory.
     block_rows: most blocks of 16 rows of one cluster. split: blocks of a cluster, each with its part of the columns.
     dependent_launch: start while the kernel before still runs.
@@ -113,13 +115,49 @@ class WarpgroupKnobs:
 
 
 @dataclass(frozen=True)
+class BinaryKnobs:
+    """Choices of the binary warp-group sign_matmul (codegen/tensorcore_binary.py).
+
+    tokens: the most tokens of a call, a multiple of 4. groups: warp groups of a block that multiply. ring: tiles a warp
+    has in flight, one more than it waits for. chunk_blocks: blocks of 256 columns that the groups share at a time,
+    z_buffers: chunks in shared memory. block_rows: most blocks of 16 rows of one cluster. split: blocks of a cluster,
+    each with its part of the columns. dependent_launch: start while the kernel before still runs. pad_bytes: unused
+    shared memory, to keep blocks apart.
+    """
+
+    tokens: int = 16
+    groups: int = 3
+    ring: int = 8
+    chunk_blocks: int = 6
+    z_buffers: int = 2
+    block_rows: int = 32
+    split: int = 1
+    dependent_launch: bool = True
+    pad_bytes: int = 0
+
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a block."""
+        planes = self.z_buffers * self.chunk_blocks * self.tokens * 512
+        ring = self.groups * 4 * self.ring * 512
+        sums = self.tokens * (self.block_rows * 16 + 8) * 4
+        totals = 2 * -(-self.tokens // 4) * 16 + self.block_rows * 64
+        barriers = 2 * -(-self.z_buffers * self.chunk_blocks // 2) * 16 + -(-self.z_buffers // 2) * 16
+        return planes + ring + sums + totals + barriers + self.pad_bytes
+
+    def describe(self) -> tuple[str, ...]:
+        """One text "name=value" per knob."""
+        return tuple(f"{name}={value}" for name, value in asdict(self).items())
+
+
+@dataclass(frozen=True)
 class LiftKnobs:
     """Choices of the lift in one launch (codegen/tensorcore_lift.py).
 
     tokens: the most of a call. group: tokens of a block. tiles: 16-column tiles of T* x of a block. units: blocks of 8
     rows of X that a warp mixes at a time, ahead: 32-column pieces of them whose loads are in flight together.
     left_depth: 16-column operands of left in flight. most_left, most_right: largest factors. blocks_per_processor:
-    for which registers are saved.
+    for which registers are saved. trigger: when the next kernel may start: 0 at once, 1 when x is read, 2 when T* x is
+    computed.
     """
 
     tokens: int = 1
@@ -132,6 +170,7 @@ class LiftKnobs:
     most_left: int = 256
     most_right: int = 256
     blocks_per_processor: int = 4
+    trigger: int = 0
     dependent_launch: bool = False
 
     def shared_bytes(self) -> int:
@@ -187,13 +226,13 @@ LIFT_KNOBS: dict[str, tuple[LiftKnobs, ...]] = {
     family: tuple(
         replace(choice, dependent_launch=family in ("hopper", "blackwell"))
         for choice in (
-            LiftKnobs(4),
-            LiftKnobs(16, group=2, left_depth=8, most_right=512, blocks_per_processor=2),
+            LiftKnobs(1, units=2, ahead=7, left_depth=8, blocks_per_processor=2),
+            LiftKnobs(16, tiles=2, units=2, left_depth=8, most_right=512, blocks_per_processor=2),
         )
     )
     for family in TENSOR_CORE_KNOBS
 }
-"""Choices of the lift per family, fewest tokens first."""
+"""Choices of the lift per family, fewest tokens first: measured on an H100, the same for all."""
 
 
 def chip_family(arch: str) -> str:

@@ -23,6 +23,7 @@ AXES: dict[str, dict[str, tuple[Any, ...]]] = {
         "block_rows": (24, 32, 40),
         "z_buffers": (2, 3),
         "prefetch_tiles": (0, 4),
+        "first_tiles": (0, 2, 3),
     },
     "sign_matmul_warpgroup": {
         "ring": (4, 5, 6, 8, 10),
@@ -34,6 +35,7 @@ AXES: dict[str, dict[str, tuple[Any, ...]]] = {
         "z_buffers": (2, 3),
     },
     "lift_planes": {
+        "trigger": (0, 1, 2),
         "blocks_per_processor": (1, 2, 3, 4),
         "ahead": (2, 4, 8),
         "left_depth": (2, 4, 8, 16),

@@ -47,7 +47,9 @@ def lift_planes(symbol: str, dtype: str, knobs: LiftKnobs, form: str = "plain") 
     (codegen/tensorcore_sign.py); columns past K are never written: their signs are 0 bits, so that they count for
     nothing.
     """
-    WARPS, GROUP, TILES, UNITS, AHEAD = knobs.warps, knobs.group, knobs.tiles, knobs.units, knobs.ahead
+    WARPS, GROUP, TILES, UNITS = knobs.warps, knobs.group, knobs.tiles, knobs.units
+    AHEAD = (knobs.ahead + 1) // 2 if form == "gate" else knobs.ahead  # two values are loaded for each
+    START = knobs.trigger if knobs.dependent_launch else -1
     THREADS = WARPS * 32
     KIND = KINDS[dtype]
     RAW = 8 if KIND == 0 else 4
@@ -113,7 +115,7 @@ def lift_planes(symbol: str, dtype: str, knobs: LiftKnobs, form: str = "plain") 
         tile0: T.int32 = T.truncdiv(which, row_blocks) * TILES
         n0: T.int32 = T.truncdiv(row_block * NT, row_blocks)
         n1: T.int32 = T.truncdiv((row_block + 1) * NT, row_blocks)
-        if knobs.dependent_launch:
+        if START == 0:
             T.cuda.func_call("liftc_dependent_start", source_code=device.DEPENDENT_START)
         vectors: T.int32 = T.min(CT - tile0, TILES) * KJ * 64
         for i in T.serial((vectors - tx + THREADS - 1) // THREADS):
@@ -268,6 +270,8 @@ def lift_planes(symbol: str, dtype: str, knobs: LiftKnobs, form: str = "plain") 
                         source_code=device.LOAD_WORDS,
                     )  # fmt: skip
 
+        if START == 1:
+            T.cuda.func_call("liftc_dependent_start", source_code=device.DEPENDENT_START)
         bring(n0 + warp, 0)
         for t in T.unroll(GROUP):
             T.cuda.func_call(
@@ -335,6 +339,8 @@ def lift_planes(symbol: str, dtype: str, knobs: LiftKnobs, form: str = "plain") 
                             )  # fmt: skip
                 T.cuda.func_call("liftc_warp_add", sums.ptr_to([t]), total, lane, source_code=device.WARP_ADD)
         T.cuda.cta_sync()
+        if START == 2:
+            T.cuda.func_call("liftc_dependent_start", source_code=device.DEPENDENT_START)
         if tx < GROUP and token0 + tx < m:
             totals[which, token0 + tx] = sums[tx]
 

@@ -49,6 +49,7 @@ def sign_matmul_tiled(symbol: str, knobs: TensorCoreKnobs) -> Any:
     THREADS = WARPS * 32
     SMEM = knobs.shared_bytes()
     AHEAD = knobs.prefetch_tiles
+    FIRST = min(knobs.first_tiles, RING - 1) or RING - 1
     BLOCK_BYTES = COLS * 256  # planes of 256 columns
 
     @T.prim_func
@@ -150,9 +151,14 @@ def sign_matmul_tiled(symbol: str, knobs: TensorCoreKnobs) -> Any:
         if knobs.dependent_launch:
             T.cuda.func_call("liftc_dependent_start", source_code=device.DEPENDENT_START)
         advance()
-        for i in T.serial(RING - 1):
+        for i in T.serial(FIRST):
+            issue()
+        for i in T.serial(RING - 1 - FIRST):
+            T.ptx["cp.async.wait_group"](FIRST - 1)
             issue()
         if AHEAD > 0:  # the tiles after the ring start moving towards L2
+            if FIRST < RING - 1:
+                T.ptx["cp.async.wait_group"](0)
             ahead: T.int32 = T.min(p_left, AHEAD)
             if PAIR == 2 or count > 1:
                 ahead = T.min(ahead, p_len - p_col)

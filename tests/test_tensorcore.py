@@ -31,8 +31,8 @@ from liftc.codegen.knobs import (
 )
 
 KNOBS = {
-    "one": TensorCoreKnobs(tokens=1, warps=2, ring=3, sets=8, chunk_blocks=2, block_rows=8),
-    "four": TensorCoreKnobs(tokens=4, warps=3, ring=4, sets=4, chunk_blocks=3, block_rows=4, prefetch_tiles=9),
+    "one": TensorCoreKnobs(tokens=1, warps=2, ring=5, sets=8, chunk_blocks=2, block_rows=8, first_tiles=1),
+    "four": TensorCoreKnobs(4, warps=3, ring=4, sets=4, chunk_blocks=3, block_rows=4, prefetch_tiles=9, first_tiles=2),
     "eight": TensorCoreKnobs(8, warps=2, ring=2, row_blocks=2, sets=2, chunk_blocks=1, z_buffers=3, block_rows=6),
     "sixteen": TensorCoreKnobs(16, warps=1, ring=3, row_blocks=2, sets=1, chunk_blocks=4, z_buffers=1, block_rows=3),
 }  # fmt: skip

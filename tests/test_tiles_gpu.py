@@ -13,6 +13,7 @@ from liftc import ir, reference
 from liftc.errors import LiftcError
 from liftc.format import LiftFormat
 from liftc.packing import pack_signs
+from liftc.runtime.fused_lifts import FusedLifts
 from liftc.runtime.kernels import Kernels
 from liftc.runtime.ops import WEIGHT_FIRST_TOKENS, Ops, register
 from liftc.runtime.planes import Planes
@@ -117,6 +118,31 @@ def test_operand_lift_of_nan_and_infinite_tokens(ops: Ops) -> None:
     assert isinstance(planes, Planes)
     z = z_of(planes.data.cpu(), 4, planes.columns)
     assert not z[1:3].any() and z_scale[1:3].isnan().all() and z[0].any() and z[3].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("in_features", [576, 8192])
+def test_lifts_behind_norms_and_gates(ops: Ops, in_features: int, dtype: torch.dtype) -> None:
+    fused = FusedLifts(ops)
+    for tokens in (1, 3, 16):
+        x, scale, left, right = on_gpu(lift_operands((1, tokens), in_features, LiftFormat(77, 32)))
+        x, gain = x.to(dtype), (scale + 0.25).to(dtype)
+        wide = x.float()
+        normed = gain * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)).to(dtype)
+        pair = torch.cat([x, x.flip(-1)], -1)
+        gated = torch.nn.functional.silu(x) * x.flip(-1)
+        for (planes, z_scale), plain in (
+            (fused.norm(x, gain, 1e-5, dtype, scale, left, right), normed),
+            (fused.gate(pair, scale, left, right), gated),
+        ):
+            assert isinstance(planes, Planes), "no kernel took it"
+            want, want_scale = ops.lift_operands(plain, scale, left, right)
+            assert isinstance(want, Planes)
+            torch.testing.assert_close(z_scale, want_scale, rtol=1e-4, atol=0)
+            z, plain_z = (z_of(p.data.cpu(), tokens, p.columns).int() for p in (planes, want))
+            away = (z - plain_z).abs()  # roundings of x that differ by a bit move z by a step or a few
+            assert float(away.float().mean()) < 0.1 and int(away.max()) <= 16
+            assert torch.equal(planes.totals.cpu().sum(0, dtype=torch.int32), z.sum(1, dtype=torch.int32))
 
 
 def test_products_of_operands_equal_products_of_z(ops: Ops) -> None:
