@@ -19,6 +19,7 @@ from liftc.codegen.knobs import (
     CudaKnobs,
     LiftKnobs,
     TensorCoreKnobs,
+    BinaryKnobs,
     WarpgroupKnobs,
     chip_family,
 )
@@ -120,12 +121,13 @@ def decode_templates() -> Iterator[KernelTemplate]:
     """Kernels of the weight-first order, for every architecture, smallest transforms first; imports TVM."""
     from liftc.codegen import tensorcore_decode, tensorcore_whiten, tir_tiles
 
-    for short in ("f16", "bf16"):
+    for short in (name for name in ("f16", "bf16") if name in TIR_DTYPES):
         for left, right in tensorcore_whiten.SIZES:
             symbol = f"whiten_{short}_{left}_{right}"
             function = KernelFunction(
                 symbol, "whiten", short, most_left=left * 16, most_right=right * 16,
                 shared_bytes=tensorcore_whiten.shared_bytes(left, right),
+                block_results=tensorcore_whiten.token_bytes(left, right),
             )  # fmt: skip
             make = partial(tensorcore_whiten.whiten, symbol, TIR_DTYPES[short], short, left, right)
             yield KernelTemplate(function, make)
@@ -173,6 +175,22 @@ def warpgroup_templates(
             cluster_blocks=knobs.split,
         )  # fmt: skip
         yield KernelTemplate(function, partial(tensorcore_warpgroup.sign_matmul_warpgroup, symbol, knobs))
+
+
+def binary_templates(
+    name: str, archs: tuple[str, ...], choices: tuple[BinaryKnobs, ...]
+) -> Iterator[KernelTemplate]:
+    """The binary warp-group sign_matmul of sm_90a, fewest tokens first; imports TVM."""
+    from liftc.codegen import tensorcore_binary
+
+    for knobs in choices:
+        symbol = f"sign_matmul_binary_{name}_{knobs.tokens}"
+        function = KernelFunction(
+            symbol, "sign_matmul_binary", "", max_tokens=knobs.tokens, shared_bytes=knobs.shared_bytes(),
+            archs=",".join(archs), block_rows=knobs.block_rows, knobs=" ".join(knobs.describe()), plane_bytes=16,
+            cluster_blocks=knobs.split,
+        )  # fmt: skip
+        yield KernelTemplate(function, partial(tensorcore_binary.sign_matmul_binary, symbol, knobs))
 
 
 def fixed_templates(name: str, archs: tuple[str, ...]) -> Iterator[KernelTemplate]:

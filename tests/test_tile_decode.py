@@ -14,7 +14,8 @@ from operand_layouts import tile_layout
 
 from liftc.format import LiftFormat
 from liftc.packing import pack_signs, unpack_signs
-from liftc.runtime.whiten import factor_tiles, tokens_together
+from liftc.runtime.half_words import factor_tiles, mapping_shape, mapping_words
+from liftc.runtime.whiten import tokens_together
 
 pytest.importorskip("tvm", reason="kernels are built with TVM")
 from liftc.codegen import library, tensorcore_decode, tensorcore_whiten, tile_device, toolchain
@@ -22,7 +23,8 @@ from liftc.codegen.build_cuda import tirx_source
 
 KERNEL = re.compile(r'extern "C" __global__ void __launch_bounds__\([^)]*\) (\w+)\(([^)]*)\) \{')
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-THREADS = tensorcore_decode.WARPS * 32
+THREADS = {"decode": tensorcore_decode.WARPS * 32, "unpack": 256, "whiten": tensorcore_whiten.WARPS * 32}
+WAIT = re.compile(r"tvm_builtin_ptx_cp_async_wait_group_async_wait_group_(\d+)\(\)")
 
 
 @functools.cache
@@ -38,7 +40,9 @@ class Emulated:
         source = generated_source()
         kernels = list(KERNEL.finditer(source))
         text = source[kernels[0].start() : source.index("#include <tvm/ffi/c_api.h>")]
-        text = text.replace("extern __shared__ __align__(64) uchar pool_buf_ptr[];", "")
+        text = WAIT.sub(r"cp_async_wait_group(\1)", text).replace(
+            "extern __shared__ __align__(64) uchar pool_buf_ptr[];", ""
+        )
         self.parameters: dict[str, list[str]] = {}
         launchers = ""
         for kernel in kernels:
@@ -84,7 +88,7 @@ class Emulated:
         self, symbol: str, grid: int, readable: tuple[torch.Tensor, ...], /, **arguments: torch.Tensor | float
     ) -> None:
         """Run; loads of vectors may read `readable`, two at most. cse_v1: a product of sizes that the host computes."""
-        values: list[object] = [ctypes.c_int(grid), ctypes.c_int(THREADS)]
+        values: list[object] = [ctypes.c_int(grid), ctypes.c_int(THREADS[symbol[:6]])]
         for tensor in (*readable, *readable)[:2]:
             values += [ctypes.c_void_p(tensor.data_ptr()), ctypes.c_long(tensor.nbytes)]
         for parameter in self.parameters[f"{symbol}_kernel"]:
@@ -99,10 +103,11 @@ class Emulated:
         assert bad == 0, f"{bad} reads outside the arguments"
 
     def on_tiles(
-        self, symbol: str, grid: int, tiles: torch.Tensor, /, **arguments: torch.Tensor | float
-    ) -> None:
+        self, symbol: str, grid: int, tiles: torch.Tensor, more: tuple[torch.Tensor, ...] = (), /,
+        **arguments: torch.Tensor | float,
+    ) -> None:  # fmt: skip
         """Run a kernel that reads tiles."""
-        self(symbol, grid, (tiles,), tiles=tiles, NB=tiles.shape[0], KB=tiles.shape[1], **arguments)
+        self(symbol, grid, (tiles, *more), tiles=tiles, NB=tiles.shape[0], KB=tiles.shape[1], **arguments)
 
 
 @pytest.fixture(scope="module")
@@ -141,14 +146,17 @@ def test_decoded_weights(
         rows, -1
     )
     results = []
-    room = (tensorcore_decode.MOST_TILES * 256 - 255) // fmt.lifted_dim
-    for grid, runs in ((1, -(-blocks // room)), (3, min(blocks, 2))):
+    room = (tensorcore_decode.MOST_TILES * 256 - 255) // fmt.lifted_dim // 2 * 2
+    words, factor = mapping_words(mapping, 2 if kind == "f32" else 1)
+    _, pieces, steps = mapping_shape(fmt.subspace_dim, fmt.lifted_dim)
+    for grid, runs in ((1, -(-blocks // room)), (3, -(-blocks // room) + 1)):
         out = torch.full((rows + 1, want.shape[1]), 7.0).to(
             DTYPES[kind]
         )  # one row more, which must stay as it is
         emulated.on_tiles(
-            f"decode_tiles_{kind}", grid, tiles, times=2.0, runs=runs, mapping=mapping, scale=scale, out=out, OC=rows,
-            P=want.shape[1], d=fmt.subspace_dim, D=fmt.lifted_dim, cse_v1=mapping.numel(),
+            f"decode_tiles_{kind}", grid, tiles, (words,), words=words, factor=factor, scale=scale, out=out, OC=rows,
+            P=want.shape[1], F=words.shape[0], d=fmt.subspace_dim, D=fmt.lifted_dim, pieces=pieces, steps=steps,
+            times=2.0, runs=runs,
         )  # fmt: skip
         assert (out[-1] == 7.0).all()
         results.append(out[:-1])
@@ -186,7 +194,7 @@ def test_whitened_activations(emulated: Emulated, kind: str, bound: float, size:
         left_words, right_words, factor = factor_tiles(left, right)
         words = torch.cat([left_words.view(-1), right_words.view(-1)])
         out = torch.full((tokens + 1, t1 * t2), 7.0).to(DTYPES[kind])
-        together = tokens_together(left_words, right_words, tensorcore_whiten.shared_bytes(*size))
+        together = tokens_together(left_words, right_words, tensorcore_whiten.token_bytes(*size))
         emulated(
             f"whiten_{kind}_{size[0]}_{size[1]}", -(-tokens // together), (x, words), x=x, in_scale=scale,
             left=words[: left_words.numel()], right=words[left_words.numel() :], factor=factor, out=out, t2=t2,
