@@ -46,6 +46,11 @@ def num_threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
+def fused_lifts() -> bool:
+    """`LIFTC_FUSED_LIFTS=1` lets loaded graphs hand norms and gates to their lifts (GPU; docs/kernels.md)."""
+    return os.environ.get("LIFTC_FUSED_LIFTS") == "1"
+
+
 def processes() -> tuple[int, int]:
     """`WORLD_SIZE` and `LOCAL_RANK` as torchrun sets them: (number of processes, this one's GPU)."""
     return int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from liftc import ir, reference
+from liftc import env, ir, reference
 from liftc.artifact import read_json, read_manifest
 from liftc.checkpoint import SafetensorsCheckpoint
 from liftc.errors import ArtifactError, LiftcError, TargetError
@@ -119,8 +119,9 @@ def _tile_signs(graphs: dict[str, Graph], tensors: dict[str, torch.Tensor], tile
 
 
 def _pass_operands(graphs: dict[str, Graph], tensors: dict[str, torch.Tensor], ops: Ops) -> None:
-    """Let every lift whose z goes to tiled products only hand it over as operand bytes, without int16, and take the
-    input of the norm or the gate before it.
+    """Let every lift whose z goes to tiled products only hand it over as operand bytes, without int16.
+
+    Where LIFTC_FUSED_LIFTS asks for it, such a lift also takes the input of the norm or the gate before it.
     """
     for graph in graphs.values():
         for node in graph.nodes:
@@ -132,7 +133,8 @@ def _pass_operands(graphs: dict[str, Graph], tensors: dict[str, torch.Tensor], o
                 node.target = ops.lift_operands
                 for product in products:
                     product.target = ops.tiles.sign_matmul
-        fuse(graph, ops)
+        if env.fused_lifts():
+            fuse(graph, ops)
 
 
 def _is_tiled_product(node: Node, values: list[Node], tensors: dict[str, torch.Tensor]) -> bool:
