@@ -51,7 +51,7 @@ def _tune(a: argparse.Namespace) -> Answer:
 
 
 def _bench(a: argparse.Namespace) -> Answer:
-    from liftc.driver.bench import BenchOptions, bench_kernels
+    from liftc.driver.bench import BenchOptions, bench_kernels, bench_records
 
     file = a.json if isinstance(a.json, Path) else None
     options = BenchOptions(
@@ -61,7 +61,7 @@ def _bench(a: argparse.Namespace) -> Answer:
         records=a.records, threads=a.threads, progress=not a.quiet,
     )  # fmt: skip
     a.json = a.json is True  # with a file the answer on stdout stays a table
-    return bench_kernels(a.kernels, options)
+    return bench_records(a.kernels, options) if a.what == "records" else bench_kernels(a.kernels, options)
 
 
 def add_commands(commands: Any, command: Callable[..., Any]) -> None:
@@ -113,8 +113,8 @@ def add_commands(commands: Any, command: Callable[..., Any]) -> None:
     b.add_argument("--json", nargs="?", const=True, default=False, type=Path, metavar="FILE",
                    help="write every record to FILE as a JSON list; without FILE print one JSON object")  # fmt: skip
     b.add_argument("-q", "--quiet", action="store_true", help="no progress")
-    b.add_argument("what", choices=("kernels",))
-    b.add_argument("kernels", type=Path, metavar="ARTIFACT|KERNELS.so")
+    b.add_argument("what", choices=("kernels", "records"), help="measure, or show a file of records")
+    b.add_argument("kernels", type=Path, metavar="ARTIFACT|KERNELS.so|FILE.jsonl")
     b.add_argument("--shapes", action="append", metavar="SHAPES",
                    help="as of tune; repeatable (default llama-2-70b, llama-2-7b; CPU: smollm2-135m)")  # fmt: skip
     b.add_argument("--format", action="append", metavar="LQ-D/d", help="repeatable (default LQ-77/32)")

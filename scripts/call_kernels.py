@@ -3,7 +3,7 @@
     compute-sanitizer --tool memcheck python scripts/call_kernels.py OUT/kernels/cuda-sm_90a.so
 
 Shapes are odd on purpose: last tiles half full, fewer rows than a tile, one column. Results are checked too.
-scripts/gpu_check.py --sanitize runs it under memcheck and racecheck.
+scripts/gpu_check.py --parts sanitize runs it under memcheck and racecheck.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from liftc.runtime import operands
 from liftc.runtime.kernels import Kernels, load_kernels
 from liftc.runtime.operands import Operands
 from liftc.runtime.ops import Ops
+from liftc.runtime.tiles import PRODUCTS
 from liftc.spec import transform_shape
 
 SHAPES = ((33, 576), (1990, 576), (16, 64), (1, 64), (545, 1536), (570, 4096))
@@ -37,7 +38,7 @@ def small_tokens(kernels: Kernels, device: torch.device) -> int:
     """Products and lifts of every kernel for few tokens; the number of calls checked."""
     called = 0
     source = Operands(device, 1 << 24)
-    for op in ("sign_matmul_tiled", "lift_planes"):
+    for op in (*PRODUCTS, "lift_planes"):
         for function in kernels.of(op):
             if function.dtype not in ("", "bf16"):
                 continue

@@ -1,14 +1,16 @@
 """The whole GPU check in one command, on a machine with torch, tvm_ffi and pytest but neither TVM nor a registry.
 
     python scripts/gpu_check.py --artifact ARTIFACT --out OUT
+    python scripts/gpu_check.py --artifact ARTIFACT --out OUT --parts kernels,sanitize --bundle BUNDLE --budget 5m
     python scripts/gpu_check.py ... --model FOLDER --captured DIR --text T --row best:2.4 --row best:2.0 --row fast:2.4
 
 artifact: a language model compiled with --target cuda --target llvm; its CUDA object, copied to build/kernels, is
-what the tests use. Runs the tests marked gpu, checks the encoder against its reference bit for bit, compares
-quantizing and generation on GPU and CPU, times decoding, and measures the kernels (liftc bench kernels). --sanitize
-runs scripts/call_kernels.py under memcheck and racecheck of compute-sanitizer and writes their logs to OUT.
-With --model also quantizes it once per --row NAME:BITS (benchmarks/ablation.py) and the first of them a second
-time, which must give the same bytes. --captured: where torch is older than capture needs (liftc capture).
+what the tests use. Parts: `tests` runs the tests marked gpu and checks the encoder against its reference bit for bit;
+`model` compares quantizing and generation on GPU and CPU and times decoding; `kernels` measures them (liftc bench
+kernels) and, with --bundle, sweeps their knobs (liftc tune --run), records in OUT/records; `sanitize` runs
+scripts/call_kernels.py under memcheck and racecheck of compute-sanitizer, logs in OUT. With --model also quantizes it
+once per --row NAME:BITS (benchmarks/ablation.py) and the first of them a second time, which must give the same bytes.
+--captured: where torch is older than capture needs (liftc capture).
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from liftc.quant.whitening import orthogonal_whitening
 from liftc.spec import LiftSpec, transform_shape
 
 ROOT = Path(__file__).resolve().parents[1]
+PARTS = ("tests", "model", "kernels", "sanitize")
 
 
 def run_tests() -> dict[str, Any]:
@@ -108,6 +111,23 @@ def quantize_rows(a: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+def measure_kernels(kernels: Path, out: Path, bundle: Path | None, budget: str) -> dict[str, int]:
+    """Exit codes of liftc bench kernels and, with a bundle, of liftc tune --run."""
+    records = ["--records", str(out / "records")]
+    commands = {
+        "bench": ["bench", "kernels", str(kernels), "--json", str(out / "kernels.json"), *records],
+        "tune": ["tune", "--run", str(bundle), "--budget", budget, *records],
+    }
+    if bundle is None:
+        del commands["tune"]
+    return {
+        name: subprocess.run(
+            [sys.executable, "-m", "liftc", *command], cwd=ROOT, env=_environment()
+        ).returncode
+        for name, command in commands.items()
+    }
+
+
 def sanitize(kernels: Path, out: Path) -> dict[str, int]:
     """Exit code of memcheck and racecheck over every kernel; logs go to OUT. Exits where the tool is absent."""
     tool = find_sanitizer()
@@ -158,36 +178,35 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="Hugging Face folder to quantize")
     parser.add_argument("--captured", type=Path)
     parser.add_argument("--text", type=Path, action="append", default=[])
-    parser.add_argument("--sanitize", action="store_true", help="run the kernels under compute-sanitizer too")
+    parser.add_argument("--parts", default="tests,model,kernels", help=f"some of {','.join(PARTS)}")
+    parser.add_argument("--bundle", type=Path, help="of liftc tune --build-only, to sweep in part kernels")
+    parser.add_argument("--budget", default="5m", help="of the sweep")
     parser.add_argument("--row", action="append", default=[], metavar="NAME:BITS")
     a = parser.parse_args()
     a.out.mkdir(parents=True, exist_ok=True)
-    facts = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, **run_tests()}
-    facts["quantizer"] = compare_quantizer()
-    facts["generation"] = compare_generation(a.artifact)
+    parts = set(a.parts.split(","))
+    if unknown := parts - set(PARTS):
+        parser.error(f"there is no part {min(unknown)}: choose from {', '.join(PARTS)}")
+    facts: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
     kernels = next((a.artifact / "kernels").glob("cuda-*.so"))
-    bench = [
-        sys.executable,
-        "-m",
-        "liftc",
-        "bench",
-        "kernels",
-        str(kernels),
-        "--json",
-        str(a.out / "kernels.json"),
-    ]
-    facts["bench_exit_code"] = subprocess.run(bench, cwd=ROOT, env=_environment()).returncode
-    if a.sanitize:
+    if "tests" in parts:
+        facts.update(run_tests())
+    if "kernels" in parts:
+        facts["kernels_exit_codes"] = measure_kernels(kernels, a.out, a.bundle, a.budget)
+    if "model" in parts:
+        facts["quantizer"] = compare_quantizer()
+        facts["generation"] = compare_generation(a.artifact)
+    if "sanitize" in parts:
         facts["sanitizer"] = sanitize(kernels, a.out)
     if a.model and a.row:
         facts["rows"] = quantize_rows(a)
     (a.out / "gpu_check.json").write_text(json.dumps(facts, indent=1))
     print(json.dumps(facts, indent=1))
     good = (
-        facts["kernel_tests_exit_code"] == 0 and facts["bench_exit_code"] == 0
-        and not facts["encoder_different"] and facts["encoder_equal"] and facts["generation"]["tokens_equal"]
+        facts.get("kernel_tests_exit_code", 0) == 0 and not facts.get("encoder_different")
+        and facts.get("encoder_equal", 1) and facts.get("generation", {}).get("tokens_equal", True)
         and facts.get("rows", {}).get("same_bytes", True)
-        and not any(facts.get("sanitizer", {}).values())
+        and not any(facts.get("kernels_exit_codes", {}).values()) and not any(facts.get("sanitizer", {}).values())
     )  # fmt: skip
     sys.exit(0 if good else 1)
 

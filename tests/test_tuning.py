@@ -30,7 +30,7 @@ from liftc.driver.tune import TuneOptions, build_bundle
 from liftc.driver.tune import tune_run as run_command
 from liftc.errors import LiftcError, RecordError
 from liftc.kernel_object import KernelFunction, KernelObject, cpu_features, file_sha256
-from liftc.kernel_records import read_records
+from liftc.kernel_records import append_records, read_records
 from liftc.runtime.kernels import Kernels
 
 LEVEL = native_cpu_level()
@@ -234,6 +234,16 @@ def test_bench_measures_checks_and_writes(
     text = capsys.readouterr().out
     assert "| 48x40 | LQ-24/10 | 2 |" in text and "read ceiling" in text
     assert not plot or b"<svg" in (tmp_path / "roof.svg").read_bytes()[:600]
+
+
+def test_records_are_shown_without_measuring(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "a.jsonl"
+    append_records(file, [record(microseconds=9.0), record(microseconds=7.0), record(batch=4, microseconds=1.0),
+                          record(kernel_version=0, microseconds=0.5), record(status="wrong", microseconds=0.1)])  # fmt: skip
+    assert cli.main(["bench", "records", str(file), "--batch", "1", "-q"]) == 0
+    text = capsys.readouterr().out
+    assert "| 4096x4096 | LQ-77/32 | 1 | 7.0 (20.0) |" in text and "0.5" not in text and "| 4 |" not in text
+    assert cli.main(["bench", "records", str(file), "--batch", "2", "-q"]) == 2
 
 
 def has_matplotlib() -> bool:

@@ -10,7 +10,8 @@ from liftc.errors import LiftcError
 from liftc.kernel_records import Record, chain_shapes
 
 SUFFIXES = (".png", ".svg", ".pdf")
-_KERNELS = {"lift+sign_matmul": "o", "sign_matmul": "x", "cublas.float16": "s", "torch.linear.float32": "s",
+_KERNELS = {"lift+sign_matmul": "o", "sign_matmul": "x", "sign_matmul_tiled": "x", "sign_matmul_warpgroup": "+",
+            "lifted_linear": "D", "cublas.bfloat16": "s", "cublas.float16": "s", "torch.linear.float32": "s",
             "torch.int4": "^", "gemlite.int2": "v"}  # fmt: skip
 
 
@@ -36,24 +37,24 @@ def roofline(records: Sequence[Record], path: Path) -> None:
         raise LiftcError("--plot: there is no measurement to draw")
     ceiling = max(r.read_ceiling_gbs or 0.0 for r in records)
     figure, axes = pyplot.subplots(figsize=(8, 5.5))
-    batches = sorted({r.batch for r, *_ in points})
-    colours = pyplot.get_cmap("viridis")
-    for kernel, marker in _KERNELS.items():
-        mine = [(r, x, y) for r, x, y in points if r.kernel == kernel]
-        if not mine:
-            continue
-        shades: list[Any] = [colours(batches.index(r.batch) / max(1, len(batches) - 1)) for r, *_ in mine]
-        axes.scatter(
-            [x for _, x, _ in mine], [y for *_, y in mine], c=shades, marker=marker, s=34, label=kernel
-        )
+    colours = pyplot.get_cmap("tab10")
+    for number, (kernel, marker) in enumerate(_KERNELS.items()):
+        mine = [(x, y) for r, x, y in points if r.kernel == kernel]
+        if mine:
+            axes.scatter(*zip(*mine), color=colours(number), marker=marker, s=34, alpha=0.8, label=kernel)
     left, right = min(x for _, x, _ in points) / 1.5, max(x for _, x, _ in points) * 1.5
-    axes.plot([left, right], [left * ceiling / 1e3, right * ceiling / 1e3], "k-", lw=1,
+    dense = max((y for r, _, y in points if r.kernel.startswith("cublas")), default=0.0)
+    knee = min(right, dense * 1e3 / ceiling) if dense else right
+    axes.plot([left, knee], [left * ceiling / 1e3, knee * ceiling / 1e3], "k-", lw=1,
               label=f"read ceiling {ceiling:.0f} GB/s")  # fmt: skip
+    if dense:
+        axes.plot([knee, right], [dense, dense], "k--", lw=1, label=f"best dense product {dense:.0f} TOP/s")
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("operations of the dense product per byte of weights read (2 tokens / bytes per weight)")
     axes.set_ylabel("TOP/s of the dense product")
-    axes.set_title(f"{points[0][0].device}: linears of {', '.join(map(str, batches))} tokens (dark to light)")
+    batches = ", ".join(map(str, sorted({r.batch for r, *_ in points})))
+    axes.set_title(f"{points[0][0].device}: linears and chains, {batches} tokens (left to right)")
     axes.legend(loc="lower right", fontsize=8)
     axes.grid(True, which="both", lw=0.3)
     figure.tight_layout()
