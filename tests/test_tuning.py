@@ -238,8 +238,9 @@ def test_bench_measures_checks_and_writes(
 
 def test_records_are_shown_without_measuring(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "a.jsonl"
-    append_records(file, [record(microseconds=9.0), record(microseconds=7.0), record(batch=4, microseconds=1.0),
-                          record(kernel_version=0, microseconds=0.5), record(status="wrong", microseconds=0.1)])  # fmt: skip
+    old, wrong = record(kernel_version=0, microseconds=0.5), record(status="wrong", microseconds=0.1)
+    slow, fast, other = record(microseconds=9.0), record(microseconds=7.0), record(batch=4, microseconds=1.0)
+    append_records(file, [slow, fast, other, old, wrong])
     assert cli.main(["bench", "records", str(file), "--batch", "1", "-q"]) == 0
     text = capsys.readouterr().out
     assert "| 4096x4096 | LQ-77/32 | 1 | 7.0 (20.0) |" in text and "0.5" not in text and "| 4 |" not in text
