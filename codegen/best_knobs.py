@@ -110,6 +110,21 @@ def best_knobs(
     return Choice(winner, len(full), len(requests), exact, arch)
 
 
+def batches_of(family: str, op: str, tokens: int) -> tuple[int, int]:
+    """(least, most) batch that the runtime gives a kernel of an op for `tokens`: smaller ones go to smaller kernels.
+
+    Products of all forms (sign_matmul_...) share the batches, and so do lifts.
+    """
+    kind = op.partition("_")[0]
+    sizes = [
+        choice.tokens
+        for tuned in library.TUNED_TEMPLATES
+        if tuned.op.partition("_")[0] == kind
+        for choice in tuned.choices().get(family, ())
+    ]
+    return max((size for size in sizes if size < tokens), default=0) + 1, tokens
+
+
 def cuda_choices(
     records: Sequence[Record], archs: Sequence[str], requests: Sequence[ShapeRequest]
 ) -> tuple[library.Chosen, tuple[str, ...]]:
@@ -122,10 +137,9 @@ def cuda_choices(
     for family, members in families.items():
         for tuned in library.TUNED_TEMPLATES:
             usual = tuned.choices().get(family, ())
-            picked, below = [], 0
+            picked = []
             for default in usual:
-                span = (below + 1, default.tokens)
-                below = default.tokens
+                span = batches_of(family, tuned.op, default.tokens)
                 found = (best_knobs(records, tuned.op, tuned.knobs, arch, requests, span) for arch in members)
                 choice = next((c for c in found if c is not None), None)
                 picked.append(default if choice is None else choice.knobs)

@@ -11,6 +11,7 @@ from itertools import combinations, product
 from typing import Any
 
 from liftc.codegen import library
+from liftc.codegen.best_knobs import batches_of
 from liftc.codegen.knobs import CPU_KNOBS, SHARED_BYTES, CpuKnobs, chip_family
 
 AXES: dict[str, dict[str, tuple[Any, ...]]] = {
@@ -31,7 +32,15 @@ AXES: dict[str, dict[str, tuple[Any, ...]]] = {
         "split": (1, 2, 4),
         "sets": (1, 2, 4),
         "groups": (2, 3, 4),
-        "block_rows": (24, 32, 40),
+        "block_rows": (28, 32, 56, 112),
+        "z_buffers": (2, 3),
+    },
+    "sign_matmul_binary": {
+        "split": (1, 2, 4),
+        "groups": (2, 3),
+        "ring": (4, 6, 8, 10, 12),
+        "chunk_blocks": (3, 5, 7, 8, 12, 16, 20),
+        "block_rows": (28, 56, 112),
         "z_buffers": (2, 3),
     },
     "lift_planes": {
@@ -85,10 +94,9 @@ def cuda_candidates(
         if ops and tuned.op not in ops:
             continue
         usual = tuned.choices().get(family, ())
-        sizes = [k.tokens for k in usual]
-        needed = {next((s for s in sizes if batch <= s), 0) for batch in batches}
         for present in usual:
-            if present.tokens not in needed:
+            least, most_tokens = batches_of(family, tuned.op, present.tokens)
+            if not any(least <= batch <= most_tokens for batch in batches):
                 continue
             starts = [present, *(known_good or {}).get((tuned.op, present.tokens), ())]
             order = dict.fromkeys([*starts, *_neighbours(present, AXES.get(tuned.op, {}))])

@@ -87,11 +87,9 @@ class Bench:
         most = candidate.knobs.get("tokens")
         if not isinstance(most, int):
             return list(self.bundle.batches)
-        smaller = {
-            c.knobs["tokens"]
-            for c in self.bundle.candidates
-            if c.op == candidate.op and c.knobs["tokens"] < most
-        }
+        kind = candidate.op.partition("_")[0]  # products of all forms share the batches
+        sizes = [c.knobs["tokens"] for c in self.bundle.candidates if c.op.partition("_")[0] == kind]
+        smaller = [size for size in sizes if size < most]
         return [b for b in self.bundle.batches if max(smaller, default=0) < b <= most]
 
     def _groups(self) -> list[tuple[LiftFormat, list[tuple[int, int]]]]:
