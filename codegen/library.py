@@ -121,13 +121,12 @@ def decode_templates() -> Iterator[KernelTemplate]:
     """Kernels of the weight-first order, for every architecture, smallest transforms first; imports TVM."""
     from liftc.codegen import tensorcore_decode, tensorcore_whiten, tir_tiles
 
-    for short in (name for name in ("f16", "bf16") if name in TIR_DTYPES):
+    for short in sorted(TIR_DTYPES.keys() - {"f32"}):
         for left, right in tensorcore_whiten.SIZES:
             symbol = f"whiten_{short}_{left}_{right}"
             function = KernelFunction(
                 symbol, "whiten", short, most_left=left * 16, most_right=right * 16,
                 shared_bytes=tensorcore_whiten.shared_bytes(left, right),
-                block_results=tensorcore_whiten.token_bytes(left, right),
             )  # fmt: skip
             make = partial(tensorcore_whiten.whiten, symbol, TIR_DTYPES[short], short, left, right)
             yield KernelTemplate(function, make)

@@ -5,9 +5,9 @@
 Per token Y = left X right with X the token as a (t1, t2) matrix. A block brings some tokens to shared memory as
 float16, scaled by a power of two such that the largest entry of a token lies between 1 and 2; the factors are scaled
 likewise, so everything is well inside float16 whatever the type of x. Then a warp takes 16 columns of Y: it
-computes that part of (X right) transposed, which leaves the tensor cores in the arrangement in which the second
-product reads it. Rows of tiles of the left factor pass through shared memory, one ahead of the products. Sums
-are in float32; the result is rounded to the type of x once.
+computes that part of (X right) transposed, which leaves the tensor cores in the arrangement in which the second product
+reads it. The words of the factors come from the L1 cache. Sums are in float32; the result is rounded to the
+type of x once.
 """
 
 from __future__ import annotations
@@ -21,30 +21,25 @@ from liftc.codegen import tile_device
 MMA = "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
 LOAD4 = "ld.shared.v4.u32"
 WARPS = 8
-SIZES = ((8, 4), (8, 8), (14, 8), (16, 16))
+SIZES = ((8, 4), (8, 8))
 """Most tiles of 16 of the left and the right factor of each kernel: what its registers hold."""
 
 
-def token_bytes(left_tiles: int, right_tiles: int) -> int:
-    """Shared memory for the tokens that a block works on: rows are an odd number of times 64 bytes apart."""
-    return max(1, WARPS // right_tiles) * left_tiles * 16 * (right_tiles // 2 | 1) * 64
-
-
 def shared_bytes(left_tiles: int, right_tiles: int) -> int:
-    """Shared memory of a block: its tokens, two rows of tiles of the left factor, the peaks of tokens."""
-    return token_bytes(left_tiles, right_tiles) + left_tiles * 1024 + WARPS * 4
+    """Shared memory of a block: the tokens that its warps work on, rows an odd number of times 64 bytes apart."""
+    return max(1, WARPS // right_tiles) * left_tiles * 16 * (right_tiles // 2 | 1) * 64 + WARPS * 4
 
 
 def whiten(symbol: str, dtype: str, short: str, left_tiles: int, right_tiles: int) -> Any:
     """PrimFunc out = times * factor[0] * left reshape(x * in_scale, (t1, t2)) right, per token, in `dtype`.
 
     x `dtype` (m, IC), in_scale f32 (IC,) or (1,) for none, left_words int32 (n1, n1, 32, 4), right_words int32
-    (nj, n2, 32, 4) and factor f32 (1,) of runtime/half_words.py, out `dtype` (m, t1 t2), then t2, times, the number of
+    (nj, n2, 32, 4) and factor f32 (1,) of runtime/whiten.py, out `dtype` (m, t1 t2), then t2, times, the number of
     tokens that a block takes (it must have room for them), and the number of blocks. IC and t2 are multiples of 8;
     n1 <= left_tiles and n2 <= right_tiles.
     """
     THREADS = WARPS * 32
-    ROOM = token_bytes(left_tiles, right_tiles)
+    ROOM = shared_bytes(left_tiles, right_tiles) - WARPS * 4
 
     @T.prim_func
     def function(
@@ -68,10 +63,9 @@ def whiten(symbol: str, dtype: str, short: str, left_tiles: int, right_tiles: in
         T.device_entry()
         bx = T.cta_id([grid])
         tx = T.thread_id([THREADS])
-        T.attr(0, "tirx.launch_bounds_min_blocks_per_sm", 2 if left_tiles <= 14 and right_tiles <= 8 else 1)
+        T.attr(0, "tirx.launch_bounds_min_blocks_per_sm", 2)
         pool = T.SMEMPool()
         values = pool.alloc((ROOM // 4,), "uint32", align=16)
-        stage = pool.alloc((left_tiles * 256,), "uint32", align=16)
         peaks = pool.alloc((WARPS,), "int32", align=16)
         pool.commit(shared_bytes(left_tiles, right_tiles))
         r = T.alloc_local((right_tiles * 4,), "uint32")
@@ -84,19 +78,6 @@ def whiten(symbol: str, dtype: str, short: str, left_tiles: int, right_tiles: in
         warp: T.let[T.int32] = tx // 32
         g: T.let[T.int32] = lane // 4
         t: T.let[T.int32] = lane % 4
-        stage_at: T.uint32 = T.cuda.cvta_generic_to_shared(stage.ptr_to([lane * 4]))
-
-        @T.inline
-        def bring(which):
-            if which < n1:
-                for i in T.serial((n1 * 32 - tx + (THREADS - 1)) // THREADS):
-                    T.ptx["cp.async.cg.shared.global"](
-                        stage.ptr_to([which % 2 * (left_tiles * 128) + (i * THREADS + tx) * 4]),
-                        left.ptr_to([which, 0, 0, (i * THREADS + tx) * 4]),
-                        16,
-                    )
-            T.ptx["cp.async.commit_group"]()
-
         team: T.int32 = T.truncdiv(WARPS, together)  # warps of a token
         slot: T.int32 = T.truncdiv(warp, team)
         token: T.int32 = bx * together + slot
@@ -145,12 +126,10 @@ def whiten(symbol: str, dtype: str, short: str, left_tiles: int, right_tiles: in
                     values[base + i0 * stride + j0 // 2 + e] = w[e]
         T.cuda.cta_sync()
         values_at: T.uint32 = T.cuda.cvta_generic_to_shared(values.ptr_to([base + g * stride + t * 4]))
-        up: T.float32 = T.reinterpret("float32", T.shift_left(exponent, 23)) * factor[0] * times
-        for jj in T.serial((nj + team - 1) // team):
-            j: T.int32 = jj * team + member
-            active: T.int32 = T.Select(T.And(T.And(token < m, slot < together), j < nj), 1, 0)
-            bring(0)
-            if active > 0:
+        if token < m and slot < together:
+            up: T.float32 = T.reinterpret("float32", T.shift_left(exponent, 23)) * factor[0] * times
+            for jj in T.serial((nj - member + team - 1) // team):
+                j: T.int32 = jj * team + member
                 for q in T.unroll(right_tiles):
                     if q < n2:
                         T.cuda.func_call(
@@ -181,18 +160,14 @@ def whiten(symbol: str, dtype: str, short: str, left_tiles: int, right_tiles: in
                                     "liftc_two_f16", acc[h * 4 + e * 2], acc[h * 4 + e * 2 + 1],
                                     source_code=tile_device.WHITEN, return_type="uint32",
                                 )  # fmt: skip
-            for ib in T.serial(n1):
-                bring(ib + 1)
-                T.ptx["cp.async.wait_group"](1)
-                T.cuda.cta_sync()
-                if active > 0:
+                for ib in T.serial(n1):
                     for q in T.unroll(8):
                         acc[q] = T.float32(0)
                     for s in T.unroll(left_tiles):
                         if s < n1:
-                            T.ptx[LOAD4](
-                                a[0], a[1], a[2], a[3],
-                                stage_at + T.Cast("uint32", (ib % 2 * left_tiles + s) * 512),
+                            T.cuda.func_call(
+                                "liftc_load_tile", left.ptr_to([ib, s, lane, 0]), a.ptr_to([0]),
+                                source_code=tile_device.LOAD_TILE,
                             )  # fmt: skip
                             for e in T.unroll(2):
                                 T.ptx[MMA](
@@ -209,6 +184,5 @@ def whiten(symbol: str, dtype: str, short: str, left_tiles: int, right_tiles: in
                                 acc[h * 2], acc[h * 2 + 1], acc[4 + h * 2], acc[4 + h * 2 + 1],
                                 source_code=tile_device.WHITEN,
                             )  # fmt: skip
-                T.cuda.cta_sync()
 
     return function

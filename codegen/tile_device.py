@@ -58,14 +58,24 @@ __device__ __forceinline__ unsigned liftc_sign_pairs(const void* words, int bit,
 """
 """Bits `bit`... of a string in the lower 16 bits and those `half` later in the upper 16."""
 
-HALVES_OF_SIGNS = r"""
-__device__ __forceinline__ unsigned liftc_halves_of_signs(unsigned signs) {
-  unsigned halves;
-  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(halves) : "r"(signs), "r"(0x80008000u), "r"(0x3c003c00u));
-  return halves;
+PACK_F16 = r"""
+__device__ __forceinline__ unsigned liftc_pack_f16(float low, float high) {
+  unsigned both;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  return both;
 }
 """
-"""Bits 15 and 31, set for -1, as two float16."""
+
+REST_F16 = r"""
+__device__ __forceinline__ float liftc_rest_f16(float value) {
+  unsigned short half;
+  float rounded;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(value));
+  asm("cvt.f32.f16 %0, %1;" : "=f"(rounded) : "h"(half));
+  return value - rounded;
+}
+"""
+"""What rounding to float16 loses."""
 
 ROUND_TWO = r"""
 #ifndef LIFTC_TWO_KIND
@@ -79,68 +89,48 @@ __device__ __forceinline__ unsigned liftc_two_KIND(float low, float high) {
 """
 
 STORE_HALVES = r"""
-__device__ __forceinline__ void liftc_store_blocks_KIND(
-    void* out, int rows, int pitch, int row, int column, int d, int count, int second, int vector, float scale,
-    float a0, float a1, float a2, float a3, float a4, float a5, float a6, float a7,
-    float b0, float b1, float b2, float b3, float b4, float b5, float b6, float b7) {
-  unsigned a[4] = {liftc_two_KIND(a0 * scale, a1 * scale), liftc_two_KIND(a2 * scale, a3 * scale),
-                   liftc_two_KIND(a4 * scale, a5 * scale), liftc_two_KIND(a6 * scale, a7 * scale)};
-  unsigned b[4] = {liftc_two_KIND(b0 * scale, b1 * scale), liftc_two_KIND(b2 * scale, b3 * scale),
-                   liftc_two_KIND(b4 * scale, b5 * scale), liftc_two_KIND(b6 * scale, b7 * scale)};
-  unsigned short* to = static_cast<unsigned short*>(out);
+__device__ __forceinline__ void liftc_store_eight_KIND(void* out, long long at, int count, int vector, float scale,
+                                                       float v0, float v1, float v2, float v3, float v4, float v5,
+                                                       float v6, float v7) {
+  const unsigned w[4] = {liftc_two_KIND(v0 * scale, v1 * scale), liftc_two_KIND(v2 * scale, v3 * scale),
+                         liftc_two_KIND(v4 * scale, v5 * scale), liftc_two_KIND(v6 * scale, v7 * scale)};
+  unsigned short* to = static_cast<unsigned short*>(out) + at;
   if (vector) {
-    const int odd = row & 1;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const unsigned other = __shfl_xor_sync(0xffffffffu, odd ? a[i] : b[i], 4);
-      if (odd) a[i] = other;
-      else b[i] = other;
-    }
-    if (count > 0 && (!odd || second)) {
-      const long long at = static_cast<long long>(row - odd) * pitch + (column + (odd ? d : 0));
-      if (row - odd < rows) liftc_store_vector(to + at, a[0], a[1], a[2], a[3]);
-      if (row - odd + 1 < rows) liftc_store_vector(to + at + pitch, b[0], b[1], b[2], b[3]);
-    }
-  } else if (row < rows) {
-    const long long at = static_cast<long long>(row) * pitch + column;
+    if (count > 0) liftc_store_vector(to, w[0], w[1], w[2], w[3]);
+  } else {
 #pragma unroll
     for (int i = 0; i < 8; ++i)
-      if (i < count) {
-        to[at + i] = static_cast<unsigned short>(a[i / 2] >> (i % 2 * 16));
-        if (second) to[at + d + i] = static_cast<unsigned short>(b[i / 2] >> (i % 2 * 16));
-      }
+      if (i < count) to[i] = static_cast<unsigned short>(w[i / 2] >> (i % 2 * 16));
   }
 }
 """
 
 STORE_F32 = r"""
-__device__ __forceinline__ void liftc_store_blocks_f32(
-    void* out, int rows, int pitch, int row, int column, int d, int count, int second, int, float scale,
-    float a0, float a1, float a2, float a3, float a4, float a5, float a6, float a7,
-    float b0, float b1, float b2, float b3, float b4, float b5, float b6, float b7) {
-  const float a[8] = {a0, a1, a2, a3, a4, a5, a6, a7}, b[8] = {b0, b1, b2, b3, b4, b5, b6, b7};
-  if (row < rows) {
-    float* to = static_cast<float*>(out) + static_cast<long long>(row) * pitch + column;
+__device__ __forceinline__ void liftc_store_eight_f32(void* out, long long at, int count, int vector, float scale,
+                                                      float v0, float v1, float v2, float v3, float v4, float v5,
+                                                      float v6, float v7) {
+  const float v[8] = {v0 * scale, v1 * scale, v2 * scale, v3 * scale, v4 * scale, v5 * scale, v6 * scale, v7 * scale};
+  float* to = static_cast<float*>(out) + at;
+  if (vector) {
+#pragma unroll
+    for (int i = 0; i < 8; i += 4)
+      if (count > 0)
+        liftc_store_vector(to + i, __float_as_uint(v[i]), __float_as_uint(v[i + 1]), __float_as_uint(v[i + 2]),
+                           __float_as_uint(v[i + 3]));
+  } else {
 #pragma unroll
     for (int i = 0; i < 8; ++i)
-      if (i < count) {
-        to[i] = a[i] * scale;
-        if (second) to[d + i] = b[i] * scale;
-      }
+      if (i < count) to[i] = v[i];
   }
 }
 """
 
-STORE_BLOCKS = {
+STORE_EIGHT = {
     "f16": STORE_VECTOR + (ROUND_TWO + STORE_HALVES).replace("KIND", "f16"),
     "bf16": STORE_VECTOR + (ROUND_TWO + STORE_HALVES).replace("KIND", "bf16"),
-    "f32": STORE_F32,
+    "f32": STORE_VECTOR + STORE_F32,
 }
-"""Of two neighbouring blocks of d columns, eight columns of a row each, at most `count` of them, times a scale.
-
-Where rows are aligned lanes of rows 2 i and 2 i + 1 exchange vectors: one stores the first block of both rows, the
-other the second, so that eight lanes store 128 bytes of one row when d is 32.
-"""
+"""Eight neighbouring values times a scale, at most `count` of them; as one vector where rows are so aligned."""
 
 _UNPACK_HALVES = r"""
 __device__ __forceinline__ void liftc_unpack_eight_KIND(void* out, long long at, int count, int vector, unsigned low,

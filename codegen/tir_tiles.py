@@ -83,36 +83,33 @@ def unpack_tiles(symbol: str, dtype: str, short: str) -> Any:
         T.device_entry()
         bx = T.cta_id([grid])
         tx = T.thread_id([256])
-        v = T.alloc_local((16,), "uint32")
+        v = T.alloc_local((4,), "uint32")
         lane: T.let[T.int32] = tx % 32
         item: T.int32 = bx * 8 + tx // 32
         while item < NB * KB:
             rb: T.int32 = T.truncdiv(item, KB)
             kb: T.int32 = item - rb * KB
-            for part in T.unroll(2):
-                for r in T.unroll(4):  # loads first, so that their latencies overlap
-                    T.cuda.func_call(
-                        "liftc_load_tile", tiles.ptr_to([rb, kb, (part * 4 + r) * 4 + lane // PER_T % 4, 0]),
-                        v.ptr_to([r * 4]), source_code=tile_device.LOAD_TILE,
-                    )  # fmt: skip
-                for r in T.unroll(8):
-                    row: T.int32 = rb * 16 + r // 4 * 8 + part * 4 + r % 4
-                    if row < OC:
-                        at: T.let[T.int64] = T.Cast("int64", row) * K + kb * 256
-                        low: T.let[T.uint32] = v[r % 4 * 4 + r // 4]
-                        high: T.let[T.uint32] = v[r % 4 * 4 + 2 + r // 4]
+            for r in T.unroll(8):
+                T.cuda.func_call(
+                    "liftc_load_tile", tiles.ptr_to([rb, kb, r * 4 + lane // PER_T % 4, 0]), v.ptr_to([0]),
+                    source_code=tile_device.LOAD_TILE,
+                )  # fmt: skip
+                for s in T.unroll(2):
+                    if rb * 16 + s * 8 + r < OC:
+                        at: T.let[T.int64] = T.Cast("int64", rb * 16 + s * 8 + r) * K + kb * 256
                         if short == "f32":
                             for half in T.unroll(2):  # 128 columns each, four of a lane
                                 T.cuda.func_call(
                                     "liftc_unpack_four_f32", out.ptr_to([0, 0]), at + (half * 128 + lane * 4),
                                     K - kb * 256 - half * 128 - lane * 4, T.Select(K % 4 == 0, 1, 0),
-                                    T.Select(lane % 2 == 0, low, high), half * 4 + lane // 16 * 2 + lane // 2 % 2,
+                                    T.Select(lane % 2 == 0, v[s], v[2 + s]),
+                                    half * 4 + lane // 16 * 2 + lane // 2 % 2,
                                     source_code=tile_device.UNPACK[short],
                                 )  # fmt: skip
                         else:
                             T.cuda.func_call(
                                 f"liftc_unpack_eight_{short}", out.ptr_to([0, 0]), at + lane * 8,
-                                K - kb * 256 - lane * 8, T.Select(K % 8 == 0, 1, 0), low, high,
+                                K - kb * 256 - lane * 8, T.Select(K % 8 == 0, 1, 0), v[s], v[2 + s],
                                 lane // 8 * 2 + lane % 2,
                                 source_code=tile_device.UNPACK[short],
                             )  # fmt: skip

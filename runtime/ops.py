@@ -23,9 +23,9 @@ from liftc.runtime.tiles import TiledSigns
 from liftc.runtime.weight_first import WeightFirst, mistake
 from liftc.spec import DTYPE_NAMES
 
-WEIGHT_FIRST_TOKENS = {"cpu": 256, "cuda": 32}
-"""Tokens of one call from which lifted_linear decodes the weight instead of lifting the activations
-(docs/kernels.md: the CPU figure is measured, the CUDA figure is an estimate)."""
+WEIGHT_FIRST_TOKENS = {"cpu": 256, "cuda": 64}
+"""Tokens of one call from which lifted_linear decodes the weight instead of lifting the activations: where both cost
+the same for the layers of SmolLM2 on a CPU and for one layer of Llama-2-70B on an H100 (docs/kernels.md)."""
 
 CHUNK_BYTES = 64 << 20
 """Bound of the scratch of one kernel call."""
@@ -168,8 +168,15 @@ class Ops:
         if not fits or right_inverse.shape[0] % mapping_matrix.shape[0]:
             raise mistake(x, activation_scale, left, *operands)
         right = self._right(right_inverse, mapping_matrix)
-        z, z_scale = self.lift(x, activation_scale, left, right)
-        return self.sign_matmul(z, z_scale, packed, output_scale, x.dtype)
+        most = self.tiles.planes.most_tokens
+        if packed.dim() != 4 or not tokens or not most:
+            z, z_scale = self.lift(x, activation_scale, left, right)
+            return self.sign_matmul(z, z_scale, packed, output_scale, x.dtype)
+        parts = []
+        for part in torch.split(x.reshape(tokens, -1), most):  # as many as a launch takes
+            operand, step = self.lift_operands(part, activation_scale, left, right)
+            parts.append(self.tiles.sign_matmul(operand, step, packed, output_scale, x.dtype))
+        return torch.cat(parts).view(*x.shape[:-1], -1)
 
     def _make_plan(
         self, dtype: torch.dtype, tokens: int, rows: int, columns: int

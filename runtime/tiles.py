@@ -6,13 +6,10 @@ Tiles are int32 (NB, KB, 32, 4), NB = ceil(OC / 16) and KB = ceil(K / 256); four
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from liftc.errors import LiftcError
 from liftc.packing import packed_rows
-from liftc.runtime.half_words import mapping_shape
 from liftc.runtime.kernels import Kernels
 from liftc.runtime.planes import PlaneKernels, Planes
 from liftc.spec import DTYPE_NAMES
@@ -24,7 +21,7 @@ PRODUCTS = ("sign_matmul_warpgroup", "sign_matmul_tiled")
 MOST_PADDING = 1.25
 """Tiles are made of a matrix only when they hold at most this many times its bits."""
 
-_DECODE_TILES = 48  # of a row of blocks that a thread block of decode_tiles has at a time
+_DECODE_TILES = 24  # of a row of blocks that a thread block of decode_tiles has at a time
 _DECODE_BLOCKS = 4  # of its thread blocks per processor
 _KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _MAX_ROW_BLOCKS = 65535  # CUDA limit of the grid axis that counts them
@@ -84,28 +81,35 @@ class TiledSigns:
         self._unpack[DTYPE_NAMES[out.dtype]](tiles, out, max(grid, 1))
 
     def decodes(self, mapping: Tensor, dtype: torch.dtype) -> bool:
-        """Whether `decode` takes a mapping of this shape: its words must fit the kernel's memory."""
+        """Whether `decode` takes a mapping of this shape: its parts of 16 x 32 must fit the kernel's memory."""
         spec, _ = self._decode.get(DTYPE_NAMES.get(dtype, ""), (None, None))
-        parts = math.prod(mapping_shape(*mapping.shape)) * (2 if dtype == torch.float32 else 1)
+        d, lifted = mapping.shape
+        pieces = -(-lifted // 128)
+        parts = -(-lifted // (16 * pieces)) * pieces * -(-d // 32) * (2 if dtype == torch.float32 else 1)
         return spec is not None and parts <= spec.block_results
 
-    def decode(
-        self, tiles: Tensor, mapping: Tensor, words: tuple[Tensor, Tensor], scale: Tensor, out: Tensor, times: float
-    ) -> None:  # fmt: skip
+    def decode(self, tiles: Tensor, mapping: Tensor, scale: Tensor, out: Tensor, times: float = 1) -> None:
         """Write times * scale[r] * (signs of block b of row r) · mappingᵀ to out[r, b d : (b + 1) d].
 
-        tiles of whole row blocks, mapping f32 (d, D) that `decodes` takes and its mapping_words (in two parts for
-        float32), scale f32 (OC,), out (OC, P) of f32, f16 or bf16, contiguous, d dividing P. Raises LiftcError.
+        tiles of whole row blocks, mapping f32 (d, D) that `decodes` takes, scale f32 (OC,), out (OC, P) of f32, f16
+        or bf16, contiguous, d dividing P. Raises LiftcError.
         """
         function = self._decode[DTYPE_NAMES[out.dtype]][1]
-        (d, lifted), (_, pieces, steps) = mapping.shape, mapping_shape(*mapping.shape)
+        blocks, pairs = out.shape[1] // mapping.shape[0], -(-out.shape[0] // 32)
         grid = _DECODE_BLOCKS * self._processors_of(tiles.device)
-        runs = _runs(out.shape[1] // d, tiles.shape[0], lifted, grid)
-        operands = (tiles, *words, scale.contiguous(), out)
+        runs = _runs(blocks, pairs, mapping.shape[1], grid)
         try:
-            function(*operands, d, lifted, pieces, steps, times, runs, min(grid, tiles.shape[0] * runs))
+            function(
+                tiles,
+                mapping.contiguous(),
+                scale.contiguous(),
+                out,
+                float(times),
+                runs,
+                min(grid, pairs * runs),
+            )
         except _REFUSALS as error:
-            given = ", ".join(_text(t) for t in operands)
+            given = ", ".join(_text(t) for t in (tiles, mapping, scale, out))
             raise LiftcError(f"liftc.lifted_linear: the kernels refuse {given} ({_line(error)})") from None
 
     def check(self, tiles: Tensor, out_features: int, lifted_features: int) -> None:
@@ -173,17 +177,11 @@ class TiledSigns:
         return count
 
 
-def _runs(blocks: int, row_blocks: int, lifted: int, grid: int) -> int:
+def _runs(blocks: int, pairs: int, lifted: int, grid: int) -> int:
     """Into how many runs the blocks of columns are cut: few, and such that thread blocks finish together."""
-    pairs = -(-blocks // 2)
-    fewest = -(-pairs // ((_DECODE_TILES * TILE_COLUMNS - TILE_COLUMNS + 1) // lifted // 2))
-    choices = range(fewest, min(pairs, 4 * fewest) + 1)
-
-    def cost(runs: int) -> float:
-        work = row_blocks * runs
-        return -(-work // grid) * min(grid, work) / work * (1 + 0.02 * (runs - fewest))
-
-    return min(choices, key=cost)
+    fewest = -(-blocks // ((_DECODE_TILES * TILE_COLUMNS - TILE_COLUMNS + 1) // lifted))
+    choices = range(fewest, min(blocks, 4 * fewest) + 1)
+    return min(choices, key=lambda r: -(-pairs * r // grid) * grid / (pairs * r) * (1 + 0.02 * (r - fewest)))
 
 
 def _text(value: Tensor) -> str:

@@ -9,14 +9,11 @@ float32 on a CPU. (Paper, appendix D.)
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 
 from liftc.errors import LiftcError
 from liftc.packing import packed_rows
-from liftc.runtime.factors import PerFactors
-from liftc.runtime.half_words import mapping_words
 from liftc.runtime.kernels import Kernels
 from liftc.runtime.tiles import TiledSigns
 from liftc.runtime.whiten import Whitening
@@ -44,7 +41,6 @@ class WeightFirst:
         self._tiles = tiles
         self._unpack = unpack
         self._whiten = Whitening(kernels)
-        self._words = [PerFactors(partial(_words, parts)) for parts in (1, 2)]
 
     def __call__(
         self,
@@ -69,7 +65,7 @@ class WeightFirst:
             if buffer is None:
                 buffer = torch.empty((end - begin, width), dtype=work, device=x.device)
             weight = buffer[: end - begin]
-            self._decode(packed, begin, end, right_inverse, mapping_matrix, output_scale, weight, shift)
+            self._decode(packed, begin, end, mapping_matrix, output_scale, weight, shift)
             part = y[:, begin:end]
             if work == x.dtype:
                 torch.mm(white, weight.t(), out=part)
@@ -98,7 +94,6 @@ class WeightFirst:
         packed: Tensor,
         begin: int,
         end: int,
-        right: Tensor,
         mapping: Tensor,
         scale: Tensor,
         weight: Tensor,
@@ -107,8 +102,7 @@ class WeightFirst:
         """Rows begin:end of W', multiplied by `times`, into `weight`."""
         if self._direct(packed, mapping, weight.dtype):
             tiles = packed[begin // 16 : (end + 15) // 16]
-            words = self._words[weight.dtype == torch.float32](right, mapping)
-            self._tiles.decode(tiles, mapping, words, scale[begin:end], weight, times)
+            self._tiles.decode(tiles, mapping, scale[begin:end], weight, times)
             return
         lifted = mapping.shape[1]
         columns = weight.shape[1] // mapping.shape[0] * lifted
@@ -141,11 +135,6 @@ class WeightFirst:
             self._tiles.check(packed, rows, columns)
         elif packed.dtype != torch.int32 or packed.shape != (packed_rows(rows), columns):
             raise mistake(x, scale, left, right, mapping, packed, output_scale)
-
-
-def _words(parts: int, right: Tensor, mapping: Tensor) -> tuple[Tensor, Tensor]:
-    """The words of the mapping alone; kept by the right factor that it comes with."""
-    return mapping_words(mapping, parts)
 
 
 def mistake(

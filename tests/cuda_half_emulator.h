@@ -32,6 +32,7 @@ inline uint32_t bfloat_bits(float value) {
   std::memcpy(&bits, &value, 4);
   return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
+inline unsigned liftc_pack_f16(float low, float high) { return half_bits(low) | half_bits(high) << 16; }
 inline unsigned liftc_two_f16(float low, float high) { return half_bits(low) | half_bits(high) << 16; }
 inline unsigned liftc_two_bf16(float low, float high) { return bfloat_bits(low) | bfloat_bits(high) << 16; }
 inline float liftc_low_f16(uint32_t w) { return half_value(w); }
@@ -57,15 +58,7 @@ inline void liftc_store_pair(void* to, uint32_t a, uint32_t b) {
   std::memcpy(to, words, 8);
 }
 inline uint32_t __float_as_uint(float value) { return uint32_t(__float_as_int(value)); }
-inline unsigned liftc_halves_of_signs(unsigned signs) { return (signs & 0x80008000u) | 0x3c003c00u; }
-inline uint32_t __shfl_xor_sync(uint32_t, uint32_t value, int mask) {
-  block::Meeting& group = block::warps[block::current / 32];
-  group.values[block::current % 32] = int(value);
-  block::meet(group);
-  uint32_t other = uint32_t(group.values[block::current % 32 ^ mask]);
-  block::meet(group);
-  return other;
-}
+inline float liftc_rest_f16(float value) { return value - half_value(half_bits(value)); }
 
 namespace warp {
 static uint32_t half_a[64][32][4], half_b[64][32][2];

@@ -14,8 +14,7 @@ from operand_layouts import tile_layout
 
 from liftc.format import LiftFormat
 from liftc.packing import pack_signs, unpack_signs
-from liftc.runtime.half_words import factor_tiles, mapping_shape, mapping_words
-from liftc.runtime.whiten import tokens_together
+from liftc.runtime.whiten import factor_tiles, tokens_together, two_products
 
 pytest.importorskip("tvm", reason="kernels are built with TVM")
 from liftc.codegen import library, tensorcore_decode, tensorcore_whiten, tile_device, toolchain
@@ -24,7 +23,6 @@ from liftc.codegen.build_cuda import tirx_source
 KERNEL = re.compile(r'extern "C" __global__ void __launch_bounds__\([^)]*\) (\w+)\(([^)]*)\) \{')
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 THREADS = {"decode": tensorcore_decode.WARPS * 32, "unpack": 256, "whiten": tensorcore_whiten.WARPS * 32}
-WAIT = re.compile(r"tvm_builtin_ptx_cp_async_wait_group_async_wait_group_(\d+)\(\)")
 
 
 @functools.cache
@@ -40,9 +38,7 @@ class Emulated:
         source = generated_source()
         kernels = list(KERNEL.finditer(source))
         text = source[kernels[0].start() : source.index("#include <tvm/ffi/c_api.h>")]
-        text = WAIT.sub(r"cp_async_wait_group(\1)", text).replace(
-            "extern __shared__ __align__(64) uchar pool_buf_ptr[];", ""
-        )
+        text = text.replace("extern __shared__ __align__(64) uchar pool_buf_ptr[];", "")
         self.parameters: dict[str, list[str]] = {}
         launchers = ""
         for kernel in kernels:
@@ -103,11 +99,10 @@ class Emulated:
         assert bad == 0, f"{bad} reads outside the arguments"
 
     def on_tiles(
-        self, symbol: str, grid: int, tiles: torch.Tensor, more: tuple[torch.Tensor, ...] = (), /,
-        **arguments: torch.Tensor | float,
-    ) -> None:  # fmt: skip
+        self, symbol: str, grid: int, tiles: torch.Tensor, /, **arguments: torch.Tensor | float
+    ) -> None:
         """Run a kernel that reads tiles."""
-        self(symbol, grid, (tiles, *more), tiles=tiles, NB=tiles.shape[0], KB=tiles.shape[1], **arguments)
+        self(symbol, grid, (tiles,), tiles=tiles, NB=tiles.shape[0], KB=tiles.shape[1], **arguments)
 
 
 @pytest.fixture(scope="module")
@@ -146,17 +141,14 @@ def test_decoded_weights(
         rows, -1
     )
     results = []
-    room = (tensorcore_decode.MOST_TILES * 256 - 255) // fmt.lifted_dim // 2 * 2
-    words, factor = mapping_words(mapping, 2 if kind == "f32" else 1)
-    _, pieces, steps = mapping_shape(fmt.subspace_dim, fmt.lifted_dim)
-    for grid, runs in ((1, -(-blocks // room)), (3, -(-blocks // room) + 1)):
+    room = (tensorcore_decode.MOST_TILES * 256 - 255) // fmt.lifted_dim
+    for grid, runs in ((1, -(-blocks // room)), (3, min(blocks, 2))):
         out = torch.full((rows + 1, want.shape[1]), 7.0).to(
             DTYPES[kind]
         )  # one row more, which must stay as it is
         emulated.on_tiles(
-            f"decode_tiles_{kind}", grid, tiles, (words,), words=words, factor=factor, scale=scale, out=out, OC=rows,
-            P=want.shape[1], F=words.shape[0], d=fmt.subspace_dim, D=fmt.lifted_dim, pieces=pieces, steps=steps,
-            times=2.0, runs=runs,
+            f"decode_tiles_{kind}", grid, tiles, times=2.0, runs=runs, mapping=mapping, scale=scale, out=out, OC=rows,
+            P=want.shape[1], d=fmt.subspace_dim, D=fmt.lifted_dim, cse_v1=mapping.numel(),
         )  # fmt: skip
         assert (out[-1] == 7.0).all()
         results.append(out[:-1])
@@ -194,7 +186,7 @@ def test_whitened_activations(emulated: Emulated, kind: str, bound: float, size:
         left_words, right_words, factor = factor_tiles(left, right)
         words = torch.cat([left_words.view(-1), right_words.view(-1)])
         out = torch.full((tokens + 1, t1 * t2), 7.0).to(DTYPES[kind])
-        together = tokens_together(left_words, right_words, tensorcore_whiten.token_bytes(*size))
+        together = tokens_together(left_words, right_words, tensorcore_whiten.shared_bytes(*size))
         emulated(
             f"whiten_{kind}_{size[0]}_{size[1]}", -(-tokens // together), (x, words), x=x, in_scale=scale,
             left=words[: left_words.numel()], right=words[left_words.numel() :], factor=factor, out=out, t2=t2,
@@ -207,3 +199,17 @@ def test_whitened_activations(emulated: Emulated, kind: str, bound: float, size:
         assert (out[-1] == 7.0).all() and not out[1].any() and not out[3:-1][:2].isfinite().any()
         error = (out[:-1].double() - want).abs().amax(1) / want.abs().amax(1).clamp_min(1e-30)
         assert error[want.isfinite().all(1)].max() <= bound
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float16, 2e-3), (torch.bfloat16, 1.5e-2)])
+def test_large_factors_take_two_products(dtype: torch.dtype, bound: float) -> None:
+    g = torch.Generator().manual_seed(0)
+    t1, t2, features, tokens = 140, 24, 3300, 5
+    x, scale = torch.randn(tokens, features, generator=g).to(dtype), torch.rand(features, generator=g) + 0.5
+    left, right = torch.randn(t1, t1, generator=g) / 12, torch.randn(t2, t2, generator=g) / 5
+    padded = torch.zeros(tokens, t1 * t2, dtype=torch.float64)
+    for used in (scale, None):
+        padded[:, :features] = x.double() * (1 if used is None else used.double())
+        want = (left.double() @ padded.view(tokens, t1, t2) @ right.double()).view(tokens, -1) / 16
+        got = two_products(x, used, left.to(dtype), right.to(dtype), 1 / 16)
+        assert got.dtype == dtype and (got.double() - want).abs().max() <= bound * want.abs().max()
