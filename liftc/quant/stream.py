@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch.fx import Graph, Node
+from torch.fx import Node
 from tqdm import tqdm
 
 from liftc import reference
@@ -33,6 +33,7 @@ from liftc.quant.calibration import split_held_out
 from liftc.quant.correct import block_loss, fit
 from liftc.quant.fisher import Fisher, SegmentFisher
 from liftc.quant.ldlq import quantize_group
+from liftc.quant.linears import linear_nodes, row_slices
 from liftc.quant.mapping import lam_of, load_mapping
 from liftc.quant.parallel import Ranks
 from liftc.quant.result import FACTS, BlockReport, LinearReport, Quantized, QuantizeOptions, write_atomically
@@ -42,21 +43,7 @@ from liftc.quant.whitening import Whitening, orthogonal_whitening
 from liftc.spec import DTYPES, LiftSpec, LinearSpec
 from liftc.tensor_names import output_scale_name, packed_name
 
-aten = torch.ops.aten
 NewRunner = Callable[[ActivationStore], BlockRunner]
-
-
-def linear_nodes(graph: Graph, program: Program) -> dict[str, Node]:
-    """The aten.linear node of every selected linear, by linear name."""
-    by_weight = {spec.weight: name for name, spec in program.linears.items()}
-    found: dict[str, Node] = {}
-    for node in graph.find_nodes(op="call_function", target=aten.linear.default):
-        weight = node.args[1]
-        if isinstance(weight, Node) and weight.target is aten.t.default:
-            weight = weight.args[0]
-        if isinstance(weight, Node) and weight.op == "get_attr" and str(weight.target) in by_weight:
-            found[by_weight[str(weight.target)]] = node
-    return found
 
 
 class StreamQuantizer:
@@ -312,13 +299,3 @@ class StreamQuantizer:
 
     def _fetch(self, name: str) -> torch.Tensor:
         return self._ready[name] if name in self._ready else self.checkpoint.tensor(name)
-
-
-def row_slices(linears: list[LinearSpec]) -> dict[str, slice]:
-    """Rows of each linear in the stacked weight of its group."""
-    slices: dict[str, slice] = {}
-    start = 0
-    for linear in linears:
-        slices[linear.name] = slice(start, start + linear.out_features)
-        start += linear.out_features
-    return slices
