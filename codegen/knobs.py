@@ -87,7 +87,7 @@ class WarpgroupKnobs:
     in flight, one more than it waits for. sets: accumulator sets, 1, 2, 4 or 8 (fewer: fewer registers, more shifts).
     chunk_blocks: blocks of 256 columns that the groups share at a time, z_buffers: chunks in shared memory.
     block_rows: most blocks of 16 rows of one cluster. split: blocks of a cluster, each with its part of the columns.
-    dependent_launch: start while the kernel before still runs.
+    dependent_launch: start while the kernel before still runs. pad_bytes: unused shared memory, to keep blocks apart.
     """
 
     tokens: int = 16
@@ -99,6 +99,7 @@ class WarpgroupKnobs:
     block_rows: int = 32
     split: int = 1
     dependent_launch: bool = True
+    pad_bytes: int = 0
 
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block."""
@@ -107,7 +108,7 @@ class WarpgroupKnobs:
         sums = self.tokens * (self.block_rows * 16 + 8) * 4
         totals = 2 * -(-self.tokens // 4) * 16 + self.block_rows * 64
         barriers = -(-self.z_buffers * self.chunk_blocks // 2) * 16 + -(-self.z_buffers // 2) * 16
-        return planes + ring + -(-sums // 16) * 16 + totals + barriers
+        return planes + ring + -(-sums // 16) * 16 + totals + barriers + self.pad_bytes
 
     def describe(self) -> tuple[str, ...]:
         """One text "name=value" per knob."""
@@ -191,8 +192,11 @@ CPU_KNOBS: dict[str, CpuKnobs] = {
 }
 """Measured choices per CPU level (docs/kernels.md)."""
 
-SHARED_BYTES = {"ampere": 163 << 10, "ada": 99 << 10, "hopper": 227 << 10, "blackwell": 99 << 10}
-"""Most shared memory of a block, by family of chips."""
+SHARED_BYTES = {
+    "ampere": 163 << 10, "ada": 99 << 10, "server": 227 << 10, "hopper": 227 << 10, "blackwell": 99 << 10,
+}  # fmt: skip
+"""Most shared memory of a block, by family of chips: "hopper" is sm_90a with its warp-group instructions, "server" the
+other chips from sm_90 on that have as much shared memory, "blackwell" sm_120."""
 
 TENSOR_CORE_KNOBS: dict[str, tuple[TensorCoreKnobs, ...]] = {
     "ampere": (
@@ -210,6 +214,10 @@ TENSOR_CORE_KNOBS: dict[str, tuple[TensorCoreKnobs, ...]] = {
     "hopper": (
         TensorCoreKnobs(1, ring=6, chunk_blocks=136, dependent_launch=True),
         TensorCoreKnobs(4, ring=6, chunk_blocks=40, dependent_launch=True),
+    ),
+    "server": (
+        TensorCoreKnobs(1, ring=6, chunk_blocks=136, dependent_launch=True),
+        TensorCoreKnobs(4, ring=6, chunk_blocks=40, dependent_launch=True),
         TensorCoreKnobs(8, ring=6, chunk_blocks=16, sets=4, dependent_launch=True),
         TensorCoreKnobs(16, 8, ring=5, row_blocks=2, sets=1, chunk_blocks=8, dependent_launch=True),
     ),
@@ -220,11 +228,22 @@ TENSOR_CORE_KNOBS: dict[str, tuple[TensorCoreKnobs, ...]] = {
         TensorCoreKnobs(16, warps=8, ring=4, chunk_blocks=3, block_rows=24, sets=4, dependent_launch=True),
     ),
 }
-"""Choices per family, fewest tokens first: hopper measured on an H100, the others chosen to fit."""
+"""Choices per family, fewest tokens first: hopper and server measured on an H100, the others chosen to fit."""
+
+WARPGROUP_KNOBS: dict[str, tuple[WarpgroupKnobs, ...]] = {
+    "hopper": (
+        WarpgroupKnobs(8, sets=2, chunk_blocks=8, block_rows=56, split=2),
+        WarpgroupKnobs(16, sets=1, chunk_blocks=7, block_rows=28),
+    ),
+}
+"""More tokens than TENSOR_CORE_KNOBS has, measured on an H100."""
+
+BINARY_KNOBS: dict[str, tuple[BinaryKnobs, ...]] = {}
+"""None is in use: the binary form is right on the emulator and has not been timed on a GPU."""
 
 LIFT_KNOBS: dict[str, tuple[LiftKnobs, ...]] = {
     family: tuple(
-        replace(choice, dependent_launch=family in ("hopper", "blackwell"))
+        replace(choice, dependent_launch=family in ("server", "hopper", "blackwell"))
         for choice in (
             LiftKnobs(1, units=2, ahead=7, left_depth=8, blocks_per_processor=2),
             LiftKnobs(16, tiles=2, units=2, left_depth=8, most_right=512, blocks_per_processor=2),
@@ -236,8 +255,10 @@ LIFT_KNOBS: dict[str, tuple[LiftKnobs, ...]] = {
 
 
 def chip_family(arch: str) -> str:
-    """Which knobs an architecture ("sm_90a") gets: by its shared memory, and dependent launch from sm_90 on."""
+    """Which knobs an architecture ("sm_90a") gets: by its instructions and shared memory."""
+    if arch == "sm_90a":
+        return "hopper"
     number = int(arch.removeprefix("sm_").rstrip("a"))
     if number < 90:
         return "ampere" if number in (80, 87) else "ada"
-    return "hopper" if number < 120 else "blackwell"
+    return "server" if number < 120 else "blackwell"

@@ -13,13 +13,15 @@ from functools import partial
 from typing import Any
 
 from liftc.codegen.knobs import (
+    BINARY_KNOBS,
     LIFT_KNOBS,
     TENSOR_CORE_KNOBS,
+    WARPGROUP_KNOBS,
+    BinaryKnobs,
     CpuKnobs,
     CudaKnobs,
     LiftKnobs,
     TensorCoreKnobs,
-    BinaryKnobs,
     WarpgroupKnobs,
     chip_family,
 )
@@ -235,6 +237,8 @@ def lift_templates(
 
 
 TUNED_TEMPLATES: tuple[TunedTemplate, ...] = (
+    TunedTemplate("sign_matmul_binary", BinaryKnobs, lambda: BINARY_KNOBS, binary_templates),
+    TunedTemplate("sign_matmul_warpgroup", WarpgroupKnobs, lambda: WARPGROUP_KNOBS, warpgroup_templates),
     TunedTemplate("sign_matmul_tiled", TensorCoreKnobs, lambda: TENSOR_CORE_KNOBS, tensor_core_templates),
     TunedTemplate("lift_planes", LiftKnobs, lambda: LIFT_KNOBS, lift_templates),
 )

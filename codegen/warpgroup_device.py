@@ -66,3 +66,35 @@ __device__ __forceinline__ void liftc_cluster_sync() {
 }
 """
 """A barrier of all threads of the cluster, after which they see each other's shared memory."""
+
+FENCE_SHARED = r"""
+__device__ __forceinline__ void liftc_fence_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+"""
+"""Lets the tensor cores see what this thread has written to shared memory."""
+
+BITS_OF_BYTES = r"""
+__device__ __forceinline__ void liftc_bits_of_bytes(void* at, int apart) {
+  uint4* rows = static_cast<uint4*>(at);
+  uint4 v[8];
+#pragma unroll
+  for (int j = 0; j < 8; ++j) v[j] = rows[j * apart];
+  auto turn = [&](int i, int k, int shift, unsigned mask) {
+    auto one = [&](unsigned& a, unsigned& b) {
+      const unsigned t = ((a >> shift) ^ b) & mask;
+      b ^= t;
+      a ^= t << shift;
+    };
+    one(v[i].x, v[k].x), one(v[i].y, v[k].y), one(v[i].z, v[k].z), one(v[i].w, v[k].w);
+  };
+#pragma unroll
+  for (int i = 0; i < 4; ++i) turn(i, i + 4, 4, 0x0f0f0f0fu);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) turn(i + i / 2 * 2, i + i / 2 * 2 + 2, 2, 0x33333333u);
+#pragma unroll
+  for (int i = 0; i < 8; i += 2) turn(i, i + 1, 1, 0x55555555u);
+#pragma unroll
+  for (int j = 0; j < 8; ++j) rows[j * apart] = v[j];
+}
+"""
+"""Eight vectors of 16 bytes, `apart` vectors from each other, become vectors of bits where they lie: bit j of byte b of
+vector p is what bit p of byte b of vector j was."""

@@ -9,13 +9,14 @@ from __future__ import annotations
 import torch
 
 from liftc.errors import LiftcError
+from liftc.kernel_object import KernelFunction
 from liftc.packing import packed_rows
 from liftc.runtime.kernels import Kernels
 from liftc.runtime.planes import PlaneKernels, Planes
 from liftc.spec import DTYPE_NAMES
 
 TILE_ROWS, TILE_COLUMNS = 16, 256
-PRODUCTS = ("sign_matmul_warpgroup", "sign_matmul_tiled")
+PRODUCTS = ("sign_matmul_binary", "sign_matmul_warpgroup", "sign_matmul_tiled")
 """Ops whose kernels multiply tiles with planes, the preferred one first."""
 
 MOST_PADDING = 1.25
@@ -74,6 +75,10 @@ class TiledSigns:
         # The product kernels read signs before the kernels ahead of them have finished.
         torch.cuda.synchronize(packed.device)
         return tiles
+
+    def product_for(self, tokens: int) -> KernelFunction | None:
+        """The kernel that multiplies so many tokens at once, or None where there is none."""
+        return next((f for f, _ in self._multiply if f.accepts(tokens, 0, 0)), None)
 
     def unpack(self, tiles: Tensor, out: Tensor) -> None:
         """Write the signs, -1 and +1, of whole row blocks: out (OC, K) of f32, f16 or bf16."""

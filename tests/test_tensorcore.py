@@ -26,6 +26,7 @@ from liftc.codegen.knobs import (
     LIFT_KNOBS,
     SHARED_BYTES,
     TENSOR_CORE_KNOBS,
+    WARPGROUP_KNOBS,
     TensorCoreKnobs,
     chip_family,
 )
@@ -123,8 +124,11 @@ def test_every_llama_70b_layer_launches(family: str) -> None:
         assert knobs.shared_bytes() <= SHARED_BYTES[family]
     for lift in LIFT_KNOBS[family]:
         assert lift.shared_bytes() <= SHARED_BYTES[family]
-    assert [k.tokens for k in TENSOR_CORE_KNOBS[family]] == [1, 4, 8, 16]
-    assert {chip_family(a) for a in ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")} == set(
+    groups = WARPGROUP_KNOBS.get(family, ())
+    for group in groups:
+        assert group.shared_bytes() <= SHARED_BYTES[family]
+    assert [k.tokens for k in (*TENSOR_CORE_KNOBS[family], *groups)] == [1, 4, 8, 16]
+    assert {chip_family(a) for a in ("sm_80", "sm_86", "sm_90", "sm_90a", "sm_100", "sm_120")} == set(
         TENSOR_CORE_KNOBS
     )
 

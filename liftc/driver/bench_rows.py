@@ -150,17 +150,16 @@ class Rows:
     def knobs(self, kernel: str, batch: int) -> dict[str, Any]:
         """Knobs of the kernels that serve a batch, with the op before the name."""
         found: dict[str, Any] = {}
-        for op in ("sign_matmul_tiled", "lift_planes"):
-            if ("lift" in op) not in {"lift" in part for part in kernel.split("+")}:
-                continue
-            serving = (
-                f for f in self.kernels.of(op) if f.accepts(batch, 0, 0) and f.dtype in ("", self._dtype())
-            )
-            function = next(serving, None)
+        lifts = (
+            f for f in self.kernels.of("lift_planes") if f.accepts(batch, 0, 0) and f.dtype == self._dtype()
+        )
+        for part in kernel.split("+"):
+            function = next(lifts, None) if part == "lift" else self.ops.tiles.product_for(batch)
             if function is not None:
-                found[f"{op}.symbol"] = function.symbol
+                found[f"{function.op}.symbol"] = function.symbol
                 found.update(
-                    (f"{op}.{k}", v) for k, _, v in (t.partition("=") for t in function.knobs.split())
+                    (f"{function.op}.{k}", v)
+                    for k, _, v in (t.partition("=") for t in function.knobs.split())
                 )
         return found
 
