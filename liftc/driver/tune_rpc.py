@@ -83,7 +83,7 @@ def _register() -> None:
 
 
 def _measure(budget: float, again: int) -> str:
-    """Measure the bundle whose files were uploaded to this session; JSON text of the sweep or of an error."""
+    """Measure the bundle whose files came with this connection; JSON text of the sweep or of an error."""
     import tvm_ffi
 
     folder = Path(str(tvm_ffi.get_global_func("tvm.rpc.server.workpath")("plan.json"))).parent
