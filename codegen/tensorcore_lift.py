@@ -22,8 +22,8 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from liftc.codegen import tensorcore_device as device
 from liftc.codegen.knobs import LiftKnobs
+from liftc.codegen.lift_device import call
 
 KINDS = {"float32": 0, "float16": 1, "bfloat16": 2}
 FORMS = ("plain", "norm", "gate")
@@ -57,6 +57,15 @@ def lift_planes(symbol: str, dtype: str, knobs: LiftKnobs, form: str = "plain") 
     DEPTH = knobs.left_depth
     KA_MOST = (knobs.most_left + 15) // 16
     KJ_MOST = (knobs.most_right + 31) // 32 * 2
+
+    def unit_of(turn: Any, u: Any, warp: Any) -> Any:
+        return (turn * UNITS + u) * WARPS + warp
+
+    def slot(t: Any, u: Any, s: Any) -> Any:
+        return ((t * UNITS + u) * AHEAD + s) * RAW
+
+    def mma(sums: Any, operand: Any, b0: Any, b1: Any) -> Any:
+        return call("mma_bf16", sums, operand, b0, b1)
 
     @T.prim_func
     def function(
@@ -116,7 +125,7 @@ def lift_planes(symbol: str, dtype: str, knobs: LiftKnobs, form: str = "plain") 
         n0: T.int32 = T.truncdiv(row_block * NT, row_blocks)
         n1: T.int32 = T.truncdiv((row_block + 1) * NT, row_blocks)
         if START == 0:
-            T.cuda.func_call("liftc_dependent_start", source_code=device.DEPENDENT_START)
+            call("dependent_start")
         vectors: T.int32 = T.min(CT - tile0, TILES) * KJ * 64
         for i in T.serial((vectors - tx + THREADS - 1) // THREADS):
             T.ptx["cp.async.cg.shared.global"](
@@ -126,37 +135,28 @@ def lift_planes(symbol: str, dtype: str, knobs: LiftKnobs, form: str = "plain") 
             )
         T.ptx["cp.async.commit_group"]()
         for i in T.serial((n1 - n0 - warp + WARPS - 1) // WARPS):
-            T.cuda.func_call(
-                "liftc_prefetch", left.ptr_to([n0 + i * WARPS + warp, 0, 0, 0]), KA * 512, lane,
-                source_code=device.PREFETCH,
-            )  # fmt: skip
+            call("prefetch", left.ptr_to([n0 + i * WARPS + warp, 0, 0, 0]), KA * 512, lane)
         largest: T.float32 = bound[0]
         if tx < GROUP:
             sums[tx] = 0
         T.ptx["cp.async.wait_group"](0)
         if knobs.dependent_launch:
-            T.cuda.func_call("liftc_dependent_wait", source_code=device.DEPENDENT_WAIT)
+            call("dependent_wait")
         T.cuda.cta_sync()
 
         if form == "norm":
             for t in T.unroll(GROUP):
                 root[t] = T.float32(0)
                 for i in T.serial((IC // 8 - tx + THREADS - 1) // THREADS):
-                    T.cuda.func_call(
-                        "liftc_load_x8", x.ptr_to([token0 + t, (i * THREADS + tx) * 8]), KIND,
-                        T.Cast("int32", token0 + t < m), raw.ptr_to([0]), source_code=device.LOAD_X8,
-                    )  # fmt: skip
-                    root[t] = root[t] + T.cuda.func_call(
-                        "liftc_squares_x8",
-                        raw.ptr_to([0]),
+                    call(
+                        "load_x8",
+                        x.ptr_to([token0 + t, (i * THREADS + tx) * 8]),
                         KIND,
-                        source_code=device.BF16,
-                        return_type="float32",
+                        T.Cast("int32", token0 + t < m),
+                        raw.ptr_to([0]),
                     )
-                T.cuda.func_call(
-                    "liftc_warp_sum", root[t], squares.ptr_to([(GROUP + t) * WARPS + warp]), lane,
-                    source_code=device.WARP_SUM,
-                )  # fmt: skip
+                    root[t] = root[t] + call("squares_x8", raw.ptr_to([0]), KIND)
+                call("warp_sum", root[t], squares.ptr_to([(GROUP + t) * WARPS + warp]), lane)
             T.cuda.cta_sync()
             for t in T.unroll(GROUP):
                 root[t] = T.float32(0)
@@ -174,121 +174,116 @@ def lift_planes(symbol: str, dtype: str, knobs: LiftKnobs, form: str = "plain") 
                 for s in T.unroll(AHEAD):
                     for t in T.unroll(GROUP):
                         for u in T.unroll(UNITS):
-                            a: T.let[T.int32] = ((turn * UNITS + u) * WARPS + warp) * 8 + lane // 4
+                            a: T.let[T.int32] = unit_of(turn, u, warp) * 8 + lane // 4
                             j: T.let[T.int32] = (step * AHEAD + s) * 32 + lane % 4 * 8
-                            T.cuda.func_call(
-                                "liftc_load_x8", x.ptr_to([token0 + t, a * t2 + j]), KIND,
-                                T.Cast("int32", T.And(
-                                    T.And(a < t1, j < t2), T.And(a * t2 + j < IC, token0 + t < m)
-                                )),
-                                raw.ptr_to([((t * UNITS + u) * AHEAD + s) * RAW]), source_code=device.LOAD_X8,
-                            )  # fmt: skip
+                            call(
+                                "load_x8",
+                                x.ptr_to([token0 + t, a * t2 + j]),
+                                KIND,
+                                T.Cast(
+                                    "int32",
+                                    T.And(T.And(a < t1, j < t2), T.And(a * t2 + j < IC, token0 + t < m)),
+                                ),
+                                raw.ptr_to([slot(t, u, s)]),
+                            )
                             if form == "gate":
-                                T.cuda.func_call(
-                                    "liftc_load_x8", x.ptr_to([token0 + t, IC + a * t2 + j]), KIND,
-                                    T.Cast("int32", T.And(
-                                        T.And(a < t1, j < t2), T.And(a * t2 + j < IC, token0 + t < m)
-                                    )),
-                                    raw_up.ptr_to([((t * UNITS + u) * AHEAD + s) * RAW]), source_code=device.LOAD_X8,
-                                )  # fmt: skip
+                                call(
+                                    "load_x8",
+                                    x.ptr_to([token0 + t, IC + a * t2 + j]),
+                                    KIND,
+                                    T.Cast(
+                                        "int32",
+                                        T.And(T.And(a < t1, j < t2), T.And(a * t2 + j < IC, token0 + t < m)),
+                                    ),
+                                    raw_up.ptr_to([slot(t, u, s)]),
+                                )
                 for s in T.unroll(AHEAD):
                     if step * AHEAD + s < KJ // 2:
                         for t in T.unroll(GROUP):
                             for u in T.unroll(UNITS):
                                 k1: T.let[T.int32] = (
-                                    (((turn * UNITS + u) * WARPS + warp) * 8 + lane // 4) * t2
+                                    (unit_of(turn, u, warp) * 8 + lane // 4) * t2
                                     + (step * AHEAD + s) * 32 + lane % 4 * 8
                                 )  # fmt: skip
                                 if form == "norm":
-                                    T.cuda.func_call(
-                                        "liftc_norm_x8", raw.ptr_to([((t * UNITS + u) * AHEAD + s) * RAW]),
-                                        gain.ptr_to([T.Select(k1 < IC, k1, 0)]), root[t], KIND,
-                                        source_code=device.BF16,
-                                    )  # fmt: skip
+                                    call(
+                                        "norm_x8",
+                                        raw.ptr_to([slot(t, u, s)]),
+                                        gain.ptr_to([T.Select(k1 < IC, k1, 0)]),
+                                        root[t],
+                                        KIND,
+                                    )
                                 if form == "gate":
-                                    T.cuda.func_call(
-                                        "liftc_gate_x8", raw.ptr_to([((t * UNITS + u) * AHEAD + s) * RAW]),
-                                        raw_up.ptr_to([((t * UNITS + u) * AHEAD + s) * RAW]), KIND,
-                                        source_code=device.BF16,
-                                    )  # fmt: skip
+                                    call(
+                                        "gate_x8",
+                                        raw.ptr_to([slot(t, u, s)]),
+                                        raw_up.ptr_to([slot(t, u, s)]),
+                                        KIND,
+                                    )
                         for half in T.unroll(2):
                             for c in T.unroll(TILES):
                                 for part_of in T.unroll(2):
-                                    T.cuda.func_call(
-                                        "liftc_load_words",
-                                        right_s.ptr_to([
-                                            ((c * KJ + (step * AHEAD + s) * 2 + half) * 2 + part_of) * 128 + lane * 4
-                                        ]),
-                                        w.ptr_to([c * 8 + part_of * 4]), source_code=device.LOAD_WORDS,
-                                    )  # fmt: skip
+                                    call(
+                                        "load_words",
+                                        right_s.ptr_to(
+                                            [
+                                                ((c * KJ + (step * AHEAD + s) * 2 + half) * 2 + part_of) * 128
+                                                + lane * 4
+                                            ]
+                                        ),
+                                        w.ptr_to([c * 8 + part_of * 4]),
+                                    )
                             for t in T.unroll(GROUP):
                                 for u in T.unroll(UNITS):
-                                    a2: T.let[T.int32] = ((turn * UNITS + u) * WARPS + warp) * 8 + lane // 4
+                                    a2: T.let[T.int32] = unit_of(turn, u, warp) * 8 + lane // 4
                                     k2: T.let[T.int32] = (
                                         a2 * t2 + (step * AHEAD + s) * 32 + lane % 4 * 8 + half * 4
                                     )
-                                    norm[t] = norm[t] + T.cuda.func_call(
-                                        "liftc_split_x4", raw.ptr_to([((t * UNITS + u) * AHEAD + s) * RAW]), KIND,
-                                        half, in_scale.ptr_to([T.Select(T.And(SC > 1, k2 < IC), k2, 0)]),
-                                        T.Cast("int32", SC > 1), b.ptr_to([0]),
-                                        source_code=device.BF16, return_type="float32",
-                                    )  # fmt: skip
+                                    norm[t] = norm[t] + call(
+                                        "split_x4",
+                                        raw.ptr_to([slot(t, u, s)]),
+                                        KIND,
+                                        half,
+                                        in_scale.ptr_to([T.Select(T.And(SC > 1, k2 < IC), k2, 0)]),
+                                        T.Cast("int32", SC > 1),
+                                        b.ptr_to([0]),
+                                    )
                                     for c in T.unroll(TILES):
                                         at: T.let[T.int32] = ((t * UNITS + u) * TILES + c) * 8
-                                        T.cuda.func_call(
-                                            "liftc_mma_bf16", part.ptr_to([at]), w.ptr_to([c * 8]), b[0], b[1],
-                                            source_code=device.MMA_BF16,
-                                        )  # fmt: skip
-                                        T.cuda.func_call(
-                                            "liftc_mma_bf16", part.ptr_to([at + 4]), w.ptr_to([c * 8 + 4]), b[0],
-                                            b[1], source_code=device.MMA_BF16,
-                                        )  # fmt: skip
+                                        mma(part.ptr_to([at]), w.ptr_to([c * 8]), b[0], b[1])
+                                        mma(part.ptr_to([at + 4]), w.ptr_to([c * 8 + 4]), b[0], b[1])
                                         if KIND != 2 or SC > 1:
-                                            T.cuda.func_call(
-                                                "liftc_mma_bf16", part.ptr_to([at + 4]), w.ptr_to([c * 8]), b[2],
-                                                b[3], source_code=device.MMA_BF16,
-                                            )  # fmt: skip
+                                            mma(part.ptr_to([at + 4]), w.ptr_to([c * 8]), b[2], b[3])
             for t in T.unroll(GROUP):
                 for u in T.unroll(UNITS):
-                    unit: T.let[T.int32] = (turn * UNITS + u) * WARPS + warp
+                    unit: T.let[T.int32] = unit_of(turn, u, warp)
                     for c in T.unroll(TILES):
                         if unit < 2 * KA:
-                            T.cuda.func_call(
-                                "liftc_store_mixed", part.ptr_to([((t * UNITS + u) * TILES + c) * 8]),
-                                mixed.ptr_to([
-                                    ((t * TILES + c) * KA + unit // 2) * 256 + lane * 4 + unit % 2 * 2
-                                ]),
-                                source_code=device.BF16,
-                            )  # fmt: skip
+                            call(
+                                "store_mixed",
+                                part.ptr_to([((t * UNITS + u) * TILES + c) * 8]),
+                                mixed.ptr_to(
+                                    [((t * TILES + c) * KA + unit // 2) * 256 + lane * 4 + unit % 2 * 2]
+                                ),
+                            )
 
         @T.inline
         def bring(tile, depth):
             for g in T.unroll(DEPTH):
                 if tile < n1 and depth * DEPTH + g < KA:
-                    T.cuda.func_call(
-                        "liftc_load_words", left.ptr_to([tile, depth * DEPTH + g, lane, 0]), rows.ptr_to([g * 4]),
-                        source_code=device.LOAD_WORDS,
-                    )  # fmt: skip
+                    call("load_words", left.ptr_to([tile, depth * DEPTH + g, lane, 0]), rows.ptr_to([g * 4]))
 
         if START == 1:
-            T.cuda.func_call("liftc_dependent_start", source_code=device.DEPENDENT_START)
+            call("dependent_start")
         bring(n0 + warp, 0)
         for t in T.unroll(GROUP):
-            T.cuda.func_call(
-                "liftc_warp_sum",
-                norm[t],
-                squares.ptr_to([t * WARPS + warp]),
-                lane,
-                source_code=device.WARP_SUM,
-            )
+            call("warp_sum", norm[t], squares.ptr_to([t * WARPS + warp]), lane)
         T.cuda.cta_sync()
         for t in T.unroll(GROUP):
             norm[t] = T.float32(0)
             for q in T.unroll(WARPS):
                 norm[t] = norm[t] + squares[t * WARPS + q]
-            norm[t] = T.cuda.func_call(
-                "liftc_z_scale", norm[t], largest, source_code=device.Z_SCALE, return_type="float32"
-            )
+            norm[t] = call("z_scale", norm[t], largest)
             if which == 0 and tx == 0 and token0 + t < m:
                 z_scale[token0 + t, 0] = norm[t]
 
@@ -304,26 +299,21 @@ def lift_planes(symbol: str, dtype: str, knobs: LiftKnobs, form: str = "plain") 
                         for t in T.unroll(GROUP):
                             for c in T.unroll(TILES):
                                 for part_of in T.unroll(2):
-                                    T.cuda.func_call(
-                                        "liftc_load_words",
-                                        mixed.ptr_to([
-                                            ((t * TILES + c) * KA + depth * DEPTH + g) * 256 + part_of * 128 + lane * 4
-                                        ]),
-                                        w.ptr_to([part_of * 4]), source_code=device.LOAD_WORDS,
-                                    )  # fmt: skip
+                                    call(
+                                        "load_words",
+                                        mixed.ptr_to(
+                                            [
+                                                ((t * TILES + c) * KA + depth * DEPTH + g) * 256
+                                                + part_of * 128
+                                                + lane * 4
+                                            ]
+                                        ),
+                                        w.ptr_to([part_of * 4]),
+                                    )
                                 at4: T.let[T.int32] = (t * TILES + c) * 8
-                                T.cuda.func_call(
-                                    "liftc_mma_bf16", part.ptr_to([at4]), w.ptr_to([0]), rows[g * 4],
-                                    rows[g * 4 + 1], source_code=device.MMA_BF16,
-                                )  # fmt: skip
-                                T.cuda.func_call(
-                                    "liftc_mma_bf16", part.ptr_to([at4 + 4]), w.ptr_to([4]), rows[g * 4],
-                                    rows[g * 4 + 1], source_code=device.MMA_BF16,
-                                )  # fmt: skip
-                                T.cuda.func_call(
-                                    "liftc_mma_bf16", part.ptr_to([at4 + 4]), w.ptr_to([0]), rows[g * 4 + 2],
-                                    rows[g * 4 + 3], source_code=device.MMA_BF16,
-                                )  # fmt: skip
+                                mma(part.ptr_to([at4]), w.ptr_to([0]), rows[g * 4], rows[g * 4 + 1])
+                                mma(part.ptr_to([at4 + 4]), w.ptr_to([4]), rows[g * 4], rows[g * 4 + 1])
+                                mma(part.ptr_to([at4 + 4]), w.ptr_to([0]), rows[g * 4 + 2], rows[g * 4 + 3])
             for t in T.unroll(GROUP):
                 total: T.int32 = 0
                 for c in T.unroll(TILES):
@@ -332,15 +322,20 @@ def lift_planes(symbol: str, dtype: str, knobs: LiftKnobs, form: str = "plain") 
                         column: T.let[T.int32] = (tile0 + c) * 16 + lane // 4 + q // 2 * 8
                         k: T.let[T.int32] = row * C + column
                         if row < t1 and column < C and token0 + t < m:
-                            total = total + T.cuda.func_call(
-                                "liftc_round", part[(t * TILES + c) * 8 + q] + part[(t * TILES + c) * 8 + 4 + q],
-                                norm[t], planes.ptr_to([0, 0, 0, 0]), k, 2 * (token0 + t), COLS, PIECES,
-                                source_code=device.ROUND, return_type="int32",
-                            )  # fmt: skip
-                T.cuda.func_call("liftc_warp_add", sums.ptr_to([t]), total, lane, source_code=device.WARP_ADD)
+                            total = total + call(
+                                "round",
+                                part[(t * TILES + c) * 8 + q] + part[(t * TILES + c) * 8 + 4 + q],
+                                norm[t],
+                                planes.ptr_to([0, 0, 0, 0]),
+                                k,
+                                2 * (token0 + t),
+                                COLS,
+                                PIECES,
+                            )
+                call("warp_add", sums.ptr_to([t]), total, lane)
         T.cuda.cta_sync()
         if START == 2:
-            T.cuda.func_call("liftc_dependent_start", source_code=device.DEPENDENT_START)
+            call("dependent_start")
         if tx < GROUP and token0 + tx < m:
             totals[which, token0 + tx] = sums[tx]
 

@@ -21,7 +21,7 @@ from liftc.runtime.factors import factor_words
 from liftc.spec import Z_MAX, transform_shape
 
 pytest.importorskip("tvm", reason="kernels are built with TVM")
-from liftc.codegen import library, tensorcore_device, tensorcore_lift
+from liftc.codegen import library, lift_device, tensorcore_device, tensorcore_lift
 from liftc.codegen.build_cuda import tirx_source
 from liftc.codegen.knobs import LiftKnobs
 
@@ -56,8 +56,8 @@ def generated_source() -> str:
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> Emulated:
     folder = tmp_path_factory.mktemp("emulated")
-    names = ("SPLIT", "WARP_ADD", "WARP_SUM", "Z_SCALE", "ROUND")
-    helpers = "".join(getattr(tensorcore_device, name) for name in names)
+    helpers = "".join(getattr(lift_device, name) for name in ("SPLIT", "WARP_SUM", "Z_SCALE", "ROUND"))
+    helpers += tensorcore_device.WARP_ADD
     return Emulated(folder, False, generated_source(), "cuda_lift_emulator.h", helpers)
 
 
