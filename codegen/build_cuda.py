@@ -77,11 +77,17 @@ def assembler_resources(output: str) -> tuple[KernelResources, ...]:
     return tuple(found[key] for key in sorted(found))
 
 
+def keeps_ptx(unit: library.Unit, ptx: str) -> bool:
+    """Whether a source is also kept as this PTX; hand-written ones for a chip with the letter a serve it only."""
+    last = unit.archs[-1]
+    return last.rstrip("a") == ptx.replace("compute_", "sm_") and not (unit.tirx and last.endswith("a"))
+
+
 def _compile_unit(
     nvcc: toolchain.Tool, unit: library.Unit, ptx: str, scratch: Path
 ) -> tuple[KernelResources, ...]:
     """One source to one host object; what the assembler says of its kernels."""
-    kept = ptx if unit.archs[-1].rstrip("a") == ptx.replace("compute_", "sm_") else ""
+    kept = ptx if keeps_ptx(unit, ptx) else ""
     command = [
         str(nvcc.path),
         *compile_flags(unit.archs, kept),
@@ -152,7 +158,9 @@ def _check_device_code(data: bytes, ptx: str, units: Sequence[library.Unit]) -> 
                         f"CUDA kernels: the object nvcc made has no machine code of {template.function.symbol} "
                         f"for {arch}; report this with the nvcc version"
                     )
-    if not any(c.kind == "ptx" and c.arch == ptx.replace("compute_", "sm_") for c in codes):
+    if any(keeps_ptx(unit, ptx) for unit in units) and not any(
+        c.kind == "ptx" and c.arch == ptx.replace("compute_", "sm_") for c in codes
+    ):
         raise BuildError(
             f"CUDA kernels: the object nvcc made has no PTX {ptx}; report this with the nvcc version"
         )

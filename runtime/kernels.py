@@ -99,7 +99,7 @@ def launchable(function: KernelFunction, kernel_object: KernelObject, device: to
         return True
     archs = tuple(function.archs.split(","))
     kept = kernel_object.ptx.replace("compute_", "sm_")
-    ptx = kernel_object.ptx if kept and kept == archs[-1].rstrip("a") else ""
+    ptx = kernel_object.ptx if kept and kept == archs[-1] else ""  # none where the last has the letter a
     return _covers(archs, ptx, (properties.major, properties.minor))
 
 

@@ -7,14 +7,16 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from liftc.errors import ArtifactError, TargetError
-from liftc.kernel_object import read_kernel_object
-from liftc.runtime.kernels import load_kernels, runs_on
+from liftc.kernel_object import KernelFunction, read_kernel_object
+from liftc.runtime.kernels import launchable, load_kernels, runs_on
 
 pytest.importorskip("tvm", reason="kernels are built with TVM")
 from built_kernels import cpu_object
@@ -137,6 +139,30 @@ def test_which_gpus_an_object_runs_on(
 ) -> None:
     path = edited(native, tmp_path, target="cuda", archs=list(archs), ptx=ptx)
     assert runs_on(read_kernel_object(path), capability) is runs
+
+
+@pytest.mark.parametrize(
+    "archs, capability, runs",
+    [
+        ("", (10, 0), True), ("sm_90a", (9, 0), True), ("sm_90a", (10, 0), False), ("sm_90", (10, 0), True),
+        ("sm_90", (8, 9), False),
+    ],
+)  # fmt: skip
+def test_functions_for_a_chip_with_the_letter_a_have_no_ptx(
+    native: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    archs: str,
+    capability: tuple[int, int],
+    runs: bool,
+) -> None:
+    path = edited(native, tmp_path, target="cuda", archs=["sm_90", "sm_90a"], ptx="compute_90")
+    gpu = SimpleNamespace(major=capability[0], minor=capability[1], shared_memory_per_block_optin=1 << 17)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    function = KernelFunction("f", "sign_matmul_tiled", "", archs=archs, shared_bytes=1 << 16)
+    assert launchable(function, read_kernel_object(path), torch.device("cuda")) is runs
+    function = replace(function, shared_bytes=1 << 18)
+    assert not launchable(function, read_kernel_object(path), torch.device("cuda"))
 
 
 @pytest.mark.parametrize(
