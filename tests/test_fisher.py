@@ -179,3 +179,14 @@ def test_rows_compensate_rows_under_an_output_metric() -> None:
 def test_default_limit_of_activations_fits_the_machine() -> None:
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert 0 < default_limit() <= physical // 2
+
+
+def test_logits_that_are_not_finite_are_refused(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = stream_of(job, tmp_path)
+    tensor = stream.checkpoint.tensor
+    broken = {"model.norm.weight": tensor("model.norm.weight") * torch.nan}
+    monkeypatch.setattr(stream.checkpoint, "tensor", lambda name: broken.get(name, tensor(name)))
+    with pytest.raises(QuantizeError, match="logits are not finite"):
+        measure(stream, language_model=True, shared=all_positions(job.inputs))

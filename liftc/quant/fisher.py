@@ -104,7 +104,7 @@ def measure(
     with tqdm(total=2 * last + 1 - wanted[0], desc="fisher", unit="block", disable=not progress) as bar:
         entered = [runner.keep(stream.stores())]
         for index in range(last):
-            runner.advance(index, stream.checkpoint.tensor)
+            runner.advance(index, stream.original)
             entered.append(runner.keep(stream.stores()))
             bar.update()
         runner.close()
@@ -218,6 +218,8 @@ class _Backward:
         if not self.language_model:
             return torch.randn(value.shape, generator=self.generator, device=value.device)
         p = torch.softmax(value.detach().float(), -1)
+        if not torch.isfinite(p).all():
+            raise QuantizeError("the model's logits are not finite; use --dtype float32 or check its weights")
         drawn = torch.multinomial(p.flatten(0, -2), 1, generator=self.generator).view(*p.shape[:-1], 1)
         return p.scatter_add_(-1, drawn, torch.full_like(drawn, -1, dtype=p.dtype))
 

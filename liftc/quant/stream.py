@@ -70,6 +70,7 @@ class StreamQuantizer:
         self.ranks = Ranks.current()
         self.graph = program.graphs[graph_name]
         self.nodes = linear_nodes(self.graph, program)
+        self._weights = {spec.weight for spec in program.linears.values()}
         missing = sorted(set(program.linears) - set(self.nodes))
         if missing:
             raise QuantizeError(f"graph {graph_name} does not hold the selected linear {missing[0]}")
@@ -106,6 +107,13 @@ class StreamQuantizer:
             if used is not None:
                 used.close()
         return self.result
+
+    def original(self, name: str) -> torch.Tensor:
+        """A tensor of the checkpoint. Raises QuantizeError when a weight to quantize is not finite."""
+        value = self.checkpoint.tensor(name)
+        if name in self._weights and not torch.isfinite(value).all():
+            raise QuantizeError(f"weight {name} holds NaN or infinite values; repair the checkpoint")
+        return value
 
     @property
     def finished(self) -> bool:
@@ -171,10 +179,8 @@ class StreamQuantizer:
         ours = {self.program.linears[name].weight for names in groups.values() for name in names}
         elsewhere = {w for i, s in enumerate(runner.segments) if i != index for w in s.weights}
         for name in runner.segments[index].weights:
-            value = self.checkpoint.tensor(name)
+            value = self.original(name)
             if name in ours:
-                if not torch.isfinite(value).all():
-                    raise QuantizeError(f"weight {name} holds NaN or infinite values; repair the checkpoint")
                 trainable.add_dense(name, value)
             elif name in self.vectors and name not in elsewhere:
                 trainable.add_vector(name, value)
