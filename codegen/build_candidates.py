@@ -109,7 +109,7 @@ def _compile_together(job: _Job) -> list[BundleCandidate]:
 def _templates(candidate: Candidate, name: str, arch: str, dtype: str) -> list[library.KernelTemplate]:
     tuned = next(t for t in library.TUNED_TEMPLATES if t.op == candidate.op)
     made = tuned.make(name, (arch,), (candidate.knobs,))
-    return [t for t in made if t.function.dtype in ("", dtype)]
+    return [t for t in made if t.function.op == candidate.op and t.function.dtype in ("", dtype)]
 
 
 def _spills(count: int) -> str:

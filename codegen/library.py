@@ -8,7 +8,7 @@ leaves the rest to the entries after it. One entry of every op and dtype must ha
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -226,13 +226,15 @@ def lift_templates(
             for short, dtype in TIR_DTYPES.items():
                 if form != "plain" and short == "f32":
                     continue  # language models run in half precision on a GPU
+                # float32 needs more registers than two blocks leave
+                used = replace(knobs, blocks_per_processor=1) if short == "f32" else knobs
                 symbol = f"{op}_{name}_{short}_{knobs.tokens}"
                 function = KernelFunction(
                     symbol, op, short, max_tokens=knobs.tokens, shared_bytes=knobs.shared_bytes(), archs=members,
                     block_rows=knobs.tiles, block_results=knobs.group, most_left=knobs.most_left,
-                    most_right=knobs.most_right, knobs=" ".join(knobs.describe()),
+                    most_right=knobs.most_right, knobs=" ".join(used.describe()),
                 )  # fmt: skip
-                make = partial(tensorcore_lift.lift_planes, symbol, dtype, knobs, form)
+                make = partial(tensorcore_lift.lift_planes, symbol, dtype, used, form)
                 yield KernelTemplate(function, make)
 
 
