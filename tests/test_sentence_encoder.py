@@ -11,7 +11,9 @@ from tiny_models import HIDDEN, save_tiny, tiny_model
 from whole_path import save_tokenizer
 
 import liftc
+from liftc.driver.compile import CompileOptions, prepare_job
 from liftc.errors import LiftcError
+from liftc.quant.blocks import BlockRunner
 from liftc.runtime.module import GraphModel
 
 SENTENCES = ["It was the best of times.", "It was the worst of times!", "Call me Ishmael.", "A"]
@@ -29,6 +31,27 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def model(encoder: Path) -> GraphModel:
     return liftc.load(encoder)
+
+
+@pytest.mark.parametrize(("count", "wanted"), [(12, [4, 4, 4]), (10, [2] * 5), (7, [1] * 7)])
+def test_windows_run_in_equal_batches(encoder: Path, count: int, wanted: list[int]) -> None:
+    """The encoder is captured for any batch, so calibration windows are stacked, and give what one alone gives."""
+    job = prepare_job(
+        encoder.parent / "bert", CompileOptions(calibration_windows=count, calibration_length=16)
+    )
+    graph, inputs = job.program.graphs[job.inputs.graph], job.inputs
+    single, batched = (
+        BlockRunner(graph, inputs.sequences, inputs.shared, inputs.scratch, batch=size) for size in (1, 4)
+    )
+    assert batched.graph.symbolic_batch and len(single) == count and batched.rows == wanted
+    fetch = job.captured.checkpoint.tensor
+    for index in range(len(single.segments) - 1):
+        single.advance(index, fetch)
+        batched.advance(index, fetch)
+    (node,) = (n for n in single.graph.outputs(index) if n.target is torch.ops.aten.layer_norm.default)
+    alone = torch.cat([single.value(n, node) for n in range(count)])
+    together = torch.cat([batched.value(n, node) for n in range(len(batched))])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
 
 
 def test_padding_does_not_change_a_sentence(encoder: Path, model: GraphModel) -> None:

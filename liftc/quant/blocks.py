@@ -56,7 +56,8 @@ class BlockRunner:
     sequences: one dict per sequence, placeholder name -> value that depends on the tokens. shared:
     placeholder name -> value equal for all sequences. scratch: builds a placeholder that the graph
     overwrites (a KV cache), by name; its contents never outlive a segment. batch: sequences per call, when
-    the graph can be batched. Weights are moved to `device`, hidden states live in `store`.
+    the graph can be batched; at most that many, in equal batches, when it was captured for any batch. Weights
+    are moved to `device`, hidden states live in `store`.
     """
 
     def __init__(
@@ -82,7 +83,10 @@ class BlockRunner:
         self._by_name: dict[str, Node] = {node.name: node for node in graph.nodes}
         self.rows: list[int] = []
         self.position = 0
-        for stacked in stack(sequences, batch if self.graph.batchable else 1):
+        size = batch if uniform or not self.graph.symbolic_batch else 1
+        if self.graph.symbolic_batch:
+            size = max(n for n in range(1, size + 1) if len(sequences) % n == 0)
+        for stacked in stack(sequences, size if self.graph.batchable else 1):
             first = next(iter(stacked.values()))
             self.rows.append(int(first.shape[0]) if isinstance(first, torch.Tensor) and first.ndim else 1)
             self._store.put(len(self.rows) - 1, {k: v for k, v in stacked.items() if k in known})

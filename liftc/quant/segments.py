@@ -114,11 +114,25 @@ class SegmentedGraph:
     @property
     def batchable(self) -> bool:
         """Whether sequences can be stacked along the first axis: every value that depends on the tokens has
-        a first axis of size 1, and none is concatenated with one that does not."""
+        a first axis of size 1, and none is concatenated with one that does not; or `symbolic_batch`."""
+        return self._stackable({"1"}) or self.symbolic_batch
+
+    @property
+    def symbolic_batch(self) -> bool:
+        """Whether the graph was captured for any batch: one symbol is the first axis of every value that depends on
+        the tokens. Values that depend on its size alone are computed once, so all batches must be equally large."""
+        symbols = {
+            first
+            for node in self.per_sequence
+            for first in _FIRST_AXIS.findall(str(node.meta.get("type", "")))
+        }
+        return not self.scratch and len(symbols) == 1 and symbols != {"1"} and self._stackable(symbols)
+
+    def _stackable(self, allowed: Set[str]) -> bool:
         for node in self.per_sequence:
             if node.op == "placeholder" and node in self.scratch:
                 continue
-            if any(first != "1" for first in _FIRST_AXIS.findall(str(node.meta.get("type", "")))):
+            if any(first not in allowed for first in _FIRST_AXIS.findall(str(node.meta.get("type", "")))):
                 return False
             if node.target is aten.cat.default and not set(node.all_input_nodes) <= self.per_sequence:
                 return False
