@@ -210,7 +210,9 @@ def _function(record: Any) -> KernelFunction:
         if type(value) is not (str if name in ("symbol", "op", "dtype", "archs", "knobs") else int):
             raise ValueError(f"{name} of a function is {value!r}")
     if values["plane_bytes"] not in (16, 64) or values["cluster_blocks"] < 1:
-        raise ValueError(f"planes of {values['plane_bytes']} bytes, clusters of {values['cluster_blocks']} blocks")
+        raise ValueError(
+            f"planes of {values['plane_bytes']} bytes, clusters of {values['cluster_blocks']} blocks"
+        )
     return KernelFunction(**values)
 
 
