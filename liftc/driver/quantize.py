@@ -37,6 +37,8 @@ from liftc.text import print_program
 TOKENS_PER_STEP = 4096
 """Tokens of one batch of calibration windows, as far as there remain MIN_BATCHES batches."""
 MIN_BATCHES = 8
+WINDOWS_PER_STEP = 16
+"""Most windows of a batch: training on the short windows of encoders wants steps more than large batches."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,7 @@ def batch_size(sequences: Sequence[Mapping[str, Any]]) -> int:
     longest = max(
         (v.numel() for s in sequences for v in s.values() if isinstance(v, torch.Tensor)), default=1
     )
-    return max(1, min(TOKENS_PER_STEP // max(1, longest), len(sequences) // MIN_BATCHES))
+    return max(1, min(TOKENS_PER_STEP // max(1, longest), WINDOWS_PER_STEP, len(sequences) // MIN_BATCHES))
 
 
 def peak_memory(device: torch.device, budget: Budget) -> dict[str, int]:
