@@ -57,7 +57,7 @@ class CompileOptions:
     bits: bits per weight of the signs, rounded to D/32 (2.4 unless `formats` gives one for all). formats:
     "LQ-D/d" for all linears or "REGEX=LQ-D/d" for the matching ones. targets: "llvm", "cuda". archs: "sm_89",
     ... for cuda. cpu: "native" or an x86-64 level for llvm. calibration_tokens: a budget that replaces
-    calibration_windows. effort: a key of EFFORTS, which gives calibration_tokens, beam, epochs, dense_epochs
+    calibration_windows. effort: a key of EFFORTS, which gives calibration_tokens, beam, epochs, dense_epochs,
     tune_epochs and fisher (QuantizeOptions) where they are None. calibration_length: tokens per window, by default 512
     for language models and 32, about a sentence, for encoders. captured: folder that `liftc capture` wrote.
     resume: refuse to start over. quantize_only: stop before kernels are built; the same call without it
