@@ -25,7 +25,8 @@ from liftc.spec import DTYPE_NAMES
 
 WEIGHT_FIRST_TOKENS = {"cpu": 256, "cuda": 64}
 """Tokens of one call from which lifted_linear decodes the weight instead of lifting the activations: where both cost
-the same for the layers of SmolLM2 on a CPU and for one layer of Llama-2-70B on an H100 (docs/kernels.md)."""
+about the same for the layers of SmolLM2 on a CPU, and for a layer of Llama-2-70B on an H100, three of its four linears
+measured and one estimated (docs/kernels.md)."""
 
 CHUNK_BYTES = 64 << 20
 """Bound of the scratch of one kernel call."""
