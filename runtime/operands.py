@@ -13,7 +13,7 @@ from liftc.format import LiftFormat
 from liftc.packing import packed_rows, unpack_signs
 from liftc.runtime.ops import Ops
 from liftc.runtime.planes import Planes
-from liftc.runtime.tiles import TILE_ROWS, tile_shape
+from liftc.runtime.tiles import TILE_COLUMNS, TILE_ROWS, tile_shape
 from liftc.spec import Z_MAX, transform_shape
 
 Tensor = torch.Tensor
@@ -103,14 +103,28 @@ class Operands:
                 operand[rows, features] = ops.tiles.planes.split(mixed[4]) if tiled else mixed[4]
             shape: tuple[int, ...] = tile_shape(rows, width) if tiled else (packed_rows(rows), width)
             z_scale = torch.full((tokens, 1), 2.0**-10, device=self.device)
-            made.append(
-                Linear(rows, features, width, self.words(math.prod(shape)).view(shape), *mixed,
-                       operand[rows, features], z_scale)
-            )  # fmt: skip
+            signs = self.words(math.prod(shape)).view(shape)
+            if tiled and width % TILE_COLUMNS:  # lifts leave what is past the last column as it was
+                signs[:, -1] &= last_columns(width, self.device)
+            made.append(Linear(rows, features, width, signs, *mixed, operand[rows, features], z_scale))
         return made
 
     def _normal(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self.generator, device=self.device)
+
+
+def last_columns(columns: int, device: torch.device) -> Tensor:
+    """int32 (32, 4): the bits of a tile in the last block of `columns` columns that stand for one of them.
+
+    Bit 8 b + 2 j + i of word 2 h + r of lane 4 g + t is column 64 j + 16 t + 8 i + 4 h + b (codegen/tir_tiles.py).
+    """
+    lane, word, bit = (torch.arange(n, device=device) for n in (32, 4, 32))
+    column = (
+        bit // 2 % 4 * 64 + bit % 2 * 8 + bit // 8 + (word // 2 * 4)[:, None] + (lane % 4 * 16)[:, None, None]
+    )
+    held = (column <= (columns - 1) % TILE_COLUMNS).long() << bit
+    words = held.sum(-1)
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
 
 
 def product(ops: Ops, linear: Linear, dtype: torch.dtype) -> Tensor:
@@ -158,7 +172,7 @@ def lift_is_right(ops: Ops, linear: Linear) -> bool:
 
 
 def planes_to_z(planes: Planes) -> Tensor:
-    """int16 (tokens, columns) that planes stand for: 256 h + l, two columns of the product a token.
+    """int16 (tokens, columns) that planes stand for: 256 h + l, two columns of the product per token.
 
     int8 (KB, 4, COLS, 64) has runs of 64 columns; (KB, 16, COLS, 16) of each 64 four times four, four apart.
     """

@@ -17,6 +17,9 @@ from liftc.runtime.factors import PerFactors
 from liftc.runtime.kernels import Kernels
 from liftc.spec import DTYPES
 
+HALVES = (torch.float16, torch.bfloat16)
+"""Types of x whose products are made in them; all others are made in float32."""
+
 _WARPS = 8
 
 Tensor = torch.Tensor
@@ -87,7 +90,7 @@ class Whitening:
         for f in kernels.of("whiten"):
             self._functions.setdefault(DTYPES[f.dtype], []).append((f, functions[f.symbol]))
         self._tiles = PerFactors(factor_tiles)
-        self._halves = {dtype: PerFactors(partial(_rounded, dtype)) for dtype in self._functions}
+        self._halves = {dtype: PerFactors(partial(_rounded, dtype)) for dtype in HALVES}
         self._ones: dict[torch.device, Tensor] = {}
 
     def __call__(
@@ -95,7 +98,7 @@ class Whitening:
     ) -> Tensor:  # fmt: skip
         """times * left · reshape(x * activation_scale) · right per token: x (m, IC) -> (m, t1 t2) of `dtype`."""
         t1, t2, features = left.shape[0], right.shape[0], x.shape[1]
-        if dtype == x.dtype and features % 8 == 0 and t2 % 8 == 0 and x.shape[0]:
+        if dtype == x.dtype and dtype in HALVES and features % 8 == 0 and t2 % 8 == 0 and x.shape[0]:
             for spec, function in self._functions.get(dtype, ()):
                 if t1 <= spec.most_left and t2 <= spec.most_right:
                     return self._with(spec, function, x, activation_scale, left, right, times)

@@ -7,7 +7,15 @@ from collections.abc import Iterator
 import pytest
 import torch
 from operand_layouts import linear_factors, tile_layout, z_of
-from test_kernels_gpu import DTYPES, LIFTS, lift_operands, loaded, on_gpu, sign_operands  # noqa: F401
+from test_kernels_gpu import (  # noqa: F401
+    DTYPES,
+    LIFTS,
+    allowed_error,
+    doubles,
+    lift_operands,
+    loaded,
+    sign_operands,
+)
 
 from liftc import ir, reference
 from liftc.errors import LiftcError
@@ -34,7 +42,7 @@ SHAPES = (
     (28672, 154),
     (70, 40000),
 )
-LEADS = ((0,), (1,), (2, 2), (1, 1, 1), (5,), (8,), (3, 3), (16,), (17,), (2, 20))
+LEADS = ((0,), (1,), (3,), (2, 2), (1, 1, 1), (5,), (8,), (3, 3), (15,), (16,), (17,), (2, 20))
 
 
 @pytest.fixture
@@ -50,73 +58,73 @@ def ops(loaded: Kernels) -> Iterator[Ops]:  # noqa: F811
 @pytest.mark.parametrize("rows, columns", SHAPES)
 def test_tiles_have_the_documented_layout(ops: Ops, rows: int, columns: int) -> None:
     packed = sign_operands((1,), rows, columns)[2]
-    tiles = ops.tiles.from_packed(packed.cuda(), rows)
-    assert torch.equal(tiles.cpu(), tile_layout(packed)[: -(-rows // 16)])
+    tiles = ops.tiles.from_packed(packed, rows)
+    assert torch.equal(tiles, tile_layout(packed)[: -(-rows // 16)])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows, columns", SHAPES)
 def test_sign_matmul_is_bit_identical(ops: Ops, rows: int, columns: int, dtype: torch.dtype) -> None:
     for lead in LEADS:
-        operands = sign_operands(lead, rows, columns)
-        z, z_scale, packed, scale = on_gpu(operands)
+        z, z_scale, packed, scale = sign_operands(lead, rows, columns)
         tiles = ops.tiles.from_packed(packed, rows)
-        want = reference.sign_matmul(*operands, dtype)
+        want = reference.sign_matmul(z, z_scale, packed, scale, dtype)
         got = ir.sign_matmul(z, z_scale, tiles, scale, dtype)
-        assert got.dtype == dtype and torch.equal(got.cpu(), want), lead
+        assert got.dtype == dtype and torch.equal(got, want), lead
         assert torch.equal(ir.sign_matmul(z, z_scale, tiles, scale, dtype), got)
 
 
 @pytest.mark.parametrize("pattern", ["all", "none", "alternating", "extremes"])
 def test_largest_sums_do_not_wrap(ops: Ops, pattern: str) -> None:
     columns, rows = 131072, 33
-    z = torch.full((2, columns), Z_MAX, dtype=torch.int16)
+    z = torch.full((2, columns), Z_MAX, dtype=torch.int16, device="cuda")
     z[1] = -Z_MAX
-    signs = torch.full((rows, columns), -1 if pattern == "none" else 1)
+    signs = torch.full((rows, columns), -1 if pattern == "none" else 1, device="cuda")
     if pattern == "alternating":
         signs[:, ::2] = -1
     if pattern == "extremes":
         z[:, ::2] *= -1
         signs[:, ::2] = -1
-    packed, ones = pack_signs(signs), torch.ones(rows)
-    tiles = ops.tiles.from_packed(packed.cuda(), rows)
-    got = ir.sign_matmul(z.cuda(), torch.ones(2, 1).cuda(), tiles, ones.cuda(), torch.float32)
-    assert torch.equal(got.cpu(), reference.sign_matmul(z, torch.ones(2, 1), packed, ones, torch.float32))
+    packed, ones = pack_signs(signs), torch.ones(rows, device="cuda")
+    tiles = ops.tiles.from_packed(packed, rows)
+    for tokens in (2, 8, 16):
+        many, unit = z.repeat(tokens // 2, 1), torch.ones(tokens, 1, device="cuda")
+        got = ir.sign_matmul(many, unit, tiles, ones, torch.float32)
+        assert torch.equal(got, reference.sign_matmul(many, unit, packed, ones, torch.float32)), tokens
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("in_features, fmt", LIFTS)
 def test_operand_lift_is_within_one_step(ops: Ops, in_features: int, fmt: object, dtype: torch.dtype) -> None:
-    for lead in ((1,), (1, 1, 1), (3,), (4, 2), (16,)):
+    for lead in ((1,), (1, 1, 1), (3,), (5,), (4, 2), (9,), (16,)):
         x, scale, left, right = lift_operands(lead, in_features, fmt)  # type: ignore[arg-type]
         x = x.to(dtype)
-        x[0] = 0.0 if lead != (1,) else x[0]
+        if x[..., 0].numel() > 1:
+            x[0] = 0.0
         for used in (scale, None):
-            device_scale = None if used is None else used.cuda()
-            planes, z_scale = ops.lift_operands(x.cuda(), device_scale, left.cuda(), right.cuda())
+            planes, z_scale = ops.lift_operands(x, used, left, right)
             if in_features % 8 or right.shape[0] % 8:
                 assert not isinstance(planes, Planes), "vectors of 8 values cannot have been loaded"
                 continue
             assert isinstance(planes, Planes), "no kernel took a lift of an ordinary shape"
-            exact = reference.lift_real(
-                x.double(), None if used is None else used.double(), left.double(), right.double()
-            ).reshape(planes.tokens, -1)
-            z = z_of(planes.data.cpu(), planes.tokens, planes.columns)
+            exact = reference.lift_real(*doubles(x, used, left, right)).reshape(planes.tokens, -1)
+            z = z_of(planes.data, planes.tokens, planes.columns)
             step = reference.lift_scale(x, used, left, right)
             assert z_scale.shape == step.shape == (*lead, 1)
-            torch.testing.assert_close(z_scale.cpu(), step, rtol=1e-5, atol=0)
+            torch.testing.assert_close(z_scale, step, rtol=1e-5, atol=0)
             finite = (step > 0).flatten()
-            error = z[finite] - exact[finite] / z_scale.view(-1, 1)[finite.cuda()].cpu().double()
+            assert finite.any()
+            error = z[finite] - exact[finite] / z_scale.view(-1, 1)[finite].double()
             assert float(error.abs().max()) < 0.75 and not z[~finite].any()
-            assert torch.equal(planes.totals.cpu().sum(0, dtype=torch.int32), z.sum(1, dtype=torch.int32))
+            assert torch.equal(planes.totals.sum(0, dtype=torch.int32), z.sum(1, dtype=torch.int32))
 
 
 def test_operand_lift_of_nan_and_infinite_tokens(ops: Ops) -> None:
     x, _, left, right = lift_operands((4,), 72, LiftFormat(19, 8))
     x[1, 5], x[2, 69] = torch.nan, -torch.inf
-    planes, z_scale = ops.lift_operands(x.cuda(), None, left.cuda(), right.cuda())
+    planes, z_scale = ops.lift_operands(x, None, left, right)
     assert isinstance(planes, Planes)
-    z = z_of(planes.data.cpu(), 4, planes.columns)
+    z = z_of(planes.data, 4, planes.columns)
     assert not z[1:3].any() and z_scale[1:3].isnan().all() and z[0].any() and z[3].any()
 
 
@@ -124,8 +132,8 @@ def test_operand_lift_of_nan_and_infinite_tokens(ops: Ops) -> None:
 @pytest.mark.parametrize("in_features", [576, 8192])
 def test_lifts_behind_norms_and_gates(ops: Ops, in_features: int, dtype: torch.dtype) -> None:
     fused = FusedLifts(ops)
-    for tokens in (1, 3, 16):
-        x, scale, left, right = on_gpu(lift_operands((1, tokens), in_features, LiftFormat(77, 32)))
+    for tokens in (1, 3, 7, 16):
+        x, scale, left, right = lift_operands((1, tokens), in_features, LiftFormat(77, 32))
         x, gain = x.to(dtype), (scale + 0.25).to(dtype)
         wide = x.float()
         normed = gain * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)).to(dtype)
@@ -139,56 +147,56 @@ def test_lifts_behind_norms_and_gates(ops: Ops, in_features: int, dtype: torch.d
             want, want_scale = ops.lift_operands(plain, scale, left, right)
             assert isinstance(want, Planes)
             torch.testing.assert_close(z_scale, want_scale, rtol=1e-4, atol=0)
-            z, plain_z = (z_of(p.data.cpu(), tokens, p.columns).int() for p in (planes, want))
+            z, plain_z = (z_of(p.data, tokens, p.columns).int() for p in (planes, want))
             away = (z - plain_z).abs()  # roundings of x that differ by a bit move z by a step or a few
             assert float(away.float().mean()) < 0.1 and int(away.max()) <= 16
-            assert torch.equal(planes.totals.cpu().sum(0, dtype=torch.int32), z.sum(1, dtype=torch.int32))
+            assert torch.equal(planes.totals.sum(0, dtype=torch.int32), z.sum(1, dtype=torch.int32))
 
 
 def test_products_of_operands_equal_products_of_z(ops: Ops) -> None:
-    for tokens in (1, 3, 8, 16):
-        x, scale, left, right = on_gpu(lift_operands((tokens,), 576, LiftFormat(77, 32)))
+    for tokens in (1, 3, 6, 8, 13, 16):
+        x, scale, left, right = lift_operands((tokens,), 576, LiftFormat(77, 32))
         rows, columns = 1000, left.shape[0] * right.shape[1]
         packed, out_scale = sign_operands((1,), rows, columns)[2:]
-        tiles = ops.tiles.from_packed(packed.cuda(), rows)
+        tiles = ops.tiles.from_packed(packed, rows)
         planes, z_scale = ops.lift_operands(x, scale, left, right)
         assert isinstance(planes, Planes)
-        got = ops.tiles.sign_matmul(planes, z_scale, tiles, out_scale.cuda(), torch.float32)
-        z = z_of(planes.data.cpu(), tokens, columns)
-        assert torch.equal(
-            got.cpu(), reference.sign_matmul(z, z_scale.cpu(), packed, out_scale, torch.float32)
-        )
+        z = z_of(planes.data, tokens, columns)
+        for operand in (planes, ops.tiles.planes.split(z)):
+            got = ops.tiles.sign_matmul(operand, z_scale, tiles, out_scale, torch.float32)
+            want = reference.sign_matmul(z, z_scale, packed, out_scale, torch.float32)
+            assert torch.equal(z_of(operand.data, tokens, columns), z) and torch.equal(got, want), tokens
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tokens", [0, 1, WEIGHT_FIRST_TOKENS["cuda"], WEIGHT_FIRST_TOKENS["cuda"] + 5])
+@pytest.mark.parametrize("tokens", [0, 1, 20, WEIGHT_FIRST_TOKENS["cuda"], WEIGHT_FIRST_TOKENS["cuda"] + 5])
 def test_lifted_linear_on_tiles(ops: Ops, tokens: int, dtype: torch.dtype) -> None:
     for in_features, fmt in LIFTS[:3]:
         x, scale, _, _ = lift_operands((1, tokens), in_features, fmt)
         x = x.to(dtype)
         factors, columns = linear_factors(in_features, fmt)
+        factors = [f.cuda() for f in factors]
         packed, out_scale = sign_operands((1,), 77, columns)[2:]
-        tiles = ops.tiles.from_packed(packed.cuda(), 77)
-        got = ir.lifted_linear(*on_gpu([x, scale, *factors]), tiles, out_scale.cuda())
-        doubles = [t.double() for t in (x, scale, *factors)]
-        exact = reference.lifted_linear(*doubles, packed, out_scale.double())
-        bound = 2e-4 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
-        peak = float(exact.abs().max()) if tokens else 1.0
-        torch.testing.assert_close(got.cpu().double(), exact, rtol=bound, atol=bound * peak)
+        tiles = ops.tiles.from_packed(packed, 77)
+        got = ir.lifted_linear(x, scale, *factors, tiles, out_scale)
+        exact = reference.lifted_linear(*doubles(x, scale, *factors), packed, out_scale.double())
+        assert got.dtype == dtype and got.shape == exact.shape
+        if not tokens:
+            continue
+        assert ((got.double() - exact).abs() <= allowed_error(x, scale, factors, out_scale, exact)).all()
+        if tokens == 1:
+            z, z_scale = ops.lift_operands(x, scale, factors[0], reference.decode_right(*factors[1:]))
+            assert torch.equal(got, ops.tiles.sign_matmul(z, z_scale, tiles, out_scale, dtype))
 
 
-def test_chain_in_graphs_and_on_two_streams_stays_exact(ops: Ops) -> None:
+@pytest.mark.parametrize("tokens", [1, 4, 8, 16])
+def test_chain_in_graphs_and_on_two_streams_stays_exact(ops: Ops, tokens: int) -> None:
     """Dependent launches: every product reads what the lift just before it wrote, 200 times over."""
-    x, _, left, right = lift_operands((1,), 576, LiftFormat(77, 32))
+    x, _, left, right = lift_operands((tokens,), 576, LiftFormat(77, 32))
     rows, columns = 576, left.shape[0] * right.shape[1]
-    packed, out_scale = sign_operands((1,), rows, columns)[2:]
-    tiles, scale, left, right = (
-        ops.tiles.from_packed(packed.cuda(), rows),
-        out_scale.cuda(),
-        left.cuda(),
-        right.cuda(),
-    )
-    inputs = [(x * (i + 1) ** 0.5).cuda() for i in range(4)]
+    packed, scale = sign_operands((1,), rows, columns)[2:]
+    tiles = ops.tiles.from_packed(packed, rows)
+    inputs = [x * (i + 1) ** 0.5 for i in range(4)]
 
     def chain() -> list[torch.Tensor]:
         results = []
@@ -197,7 +205,13 @@ def test_chain_in_graphs_and_on_two_streams_stays_exact(ops: Ops) -> None:
             results.append(ops.tiles.sign_matmul(planes, z_scale, tiles, scale, torch.float32))
         return results
 
-    want = [y.clone() for y in chain()]
+    want = []
+    for value in inputs * 5:
+        planes, z_scale = ops.lift_operands(value, None, left, right)
+        assert isinstance(planes, Planes)
+        torch.cuda.synchronize()
+        z = z_of(planes.data, tokens, columns)
+        want.append(reference.sign_matmul(z, z_scale, packed, scale, torch.float32))
     torch.cuda.synchronize()
     streams = [torch.cuda.Stream() for _ in range(2)]
     graphs, outputs = [], []
@@ -220,7 +234,7 @@ def test_chain_in_graphs_and_on_two_streams_stays_exact(ops: Ops) -> None:
 
 
 def test_misuse_is_one_sentence(ops: Ops) -> None:
-    z, z_scale, packed, scale = on_gpu(sign_operands((2,), 70, 600))
+    z, z_scale, packed, scale = sign_operands((2,), 70, 600)
     tiles = ops.tiles.from_packed(packed, 70)
     for bad, message in (
         ((z.float(), z_scale, tiles, scale, torch.float32), "z f32"),
@@ -245,8 +259,8 @@ def test_misuse_is_one_sentence(ops: Ops) -> None:
 def test_strided_and_misaligned_z(ops: Ops) -> None:
     operands = sign_operands((1, 9), 70, 104)
     want = reference.sign_matmul(*operands, torch.float32)
-    z, z_scale, packed, out_scale = on_gpu(operands)
+    z, z_scale, packed, out_scale = operands
     tiles = ops.tiles.from_packed(packed, 70)
     odd = torch.empty(9 * 104 + 1, dtype=torch.int16, device="cuda")[1:].view(1, 9, 104).copy_(z)
     for value in (odd, z.repeat(1, 1, 2)[..., :104], z.expand(1, 9, 104)):
-        assert torch.equal(ir.sign_matmul(value, z_scale, tiles, out_scale, torch.float32).cpu(), want)
+        assert torch.equal(ir.sign_matmul(value, z_scale, tiles, out_scale, torch.float32), want)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from operand_layouts import linear_factors
-from test_kernels_gpu import loaded, sign_operands  # noqa: F401
+from test_kernels_gpu import doubles, loaded, sign_operands  # noqa: F401
 
 from liftc import ir, reference
 from liftc.format import LiftFormat
@@ -41,20 +41,20 @@ def ops(loaded: Kernels) -> Iterator[Ops]:  # noqa: F811
 def test_decoded_weights(ops: Ops, text: str, dtype: torch.dtype) -> None:
     fmt = LiftFormat.parse(text)
     d, lifted = fmt.subspace_dim, fmt.lifted_dim
-    g = torch.Generator().manual_seed(lifted)
-    mapping = torch.randn(d, lifted, generator=g)
+    g = torch.Generator("cuda").manual_seed(lifted)
+    mapping = torch.randn(d, lifted, generator=g, device="cuda")
     if not ops.tiles.decodes(mapping, dtype):
         assert dtype == torch.float32 and d > 32
         return
     for rows, blocks in ((16, 1), (100, 37), (1, 300)):
         packed, scale = sign_operands((1,), rows, blocks * lifted)[2:]
         out = torch.full((rows + 1, blocks * d), 7.0, dtype=dtype, device="cuda")  # the last row must stay
-        tiles = ops.tiles.from_packed(packed.cuda(), rows)
-        ops.tiles.decode(tiles, mapping.cuda(), scale.cuda(), out[:-1], 2.0)
+        tiles = ops.tiles.from_packed(packed, rows)
+        ops.tiles.decode(tiles, mapping, scale, out[:-1], 2.0)
         signs = unpack_signs(packed, rows, torch.float64).view(rows, blocks, lifted)
         want = (signs @ mapping.double().T).view(rows, -1) * 2 * scale.double()[:, None]
         assert (out[-1] == 7).all()
-        assert (out[:-1].cpu().double() - want).abs().max() <= BOUNDS[dtype] * want.abs().max()
+        assert (out[:-1].double() - want).abs().max() <= BOUNDS[dtype] * want.abs().max()
 
 
 @pytest.mark.parametrize(
@@ -66,15 +66,20 @@ def test_decoded_weights(ops: Ops, text: str, dtype: torch.dtype) -> None:
 def test_transformed_activations(
     loaded: Kernels, t1: int, t2: int, features: int, dtype: torch.dtype, bound: float  # noqa: F811
 ) -> None:  # fmt: skip
-    g = torch.Generator().manual_seed(t1)
-    left, right = (torch.linalg.qr(torch.randn(n, n, generator=g))[0].contiguous() for n in (t1, t2))
-    x, scale = torch.randn(9, features, generator=g).to(dtype), torch.rand(features, generator=g) + 0.5
+    g = torch.Generator("cuda").manual_seed(t1)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=g, device="cuda")
+
+    left, right = (torch.linalg.qr(normal(n, n))[0].contiguous() for n in (t1, t2))
+    x, scale = normal(9, features).to(dtype), torch.rand(features, generator=g, device="cuda") + 0.5
     x[0] = 0.0
-    padded = torch.zeros(9, t1 * t2, dtype=torch.float64)
+    padded = torch.zeros(9, t1 * t2, dtype=torch.float64, device="cuda")
     padded[:, :features] = x.double() * scale.double()
     want = (left.double() @ padded.view(9, t1, t2) @ right.double()).view(9, -1) / 16
-    got = Whitening(loaded)(x.cuda(), scale.cuda(), left.cuda(), right.cuda(), dtype, 1 / 16).cpu().double()
-    assert not got[0].any() and (got - want).abs().max() <= bound * want.abs().max()
+    got = Whitening(loaded)(x, scale, left, right, dtype, 1 / 16)
+    assert got.dtype == dtype and not got[0].any()
+    assert (got.double() - want).abs().max() <= bound * want.abs().max()
 
 
 @pytest.mark.parametrize("dtype", BOUNDS)
@@ -82,18 +87,18 @@ def test_calls_of_any_length_agree(ops: Ops, dtype: torch.dtype, monkeypatch: py
     """Launches of 16 tokens, both sides of the threshold, and chunks of rows; the same call gives the same bits."""
     fmt = LiftFormat(77, 32)
     factors, columns = linear_factors(8192, fmt)
+    factors = [f.cuda() for f in factors]
     packed, scale = sign_operands((1,), 321, columns)[2:]
-    g = torch.Generator().manual_seed(0)
-    x = torch.randn(2, WEIGHT_FIRST_TOKENS["cuda"], 8192, generator=g).to(dtype)
-    exact = reference.lifted_linear(x.double(), None, *(f.double() for f in factors), packed, scale.double())
-    tiles = ops.tiles.from_packed(packed.cuda(), 321)
-    operands = (None, *(f.cuda() for f in factors), tiles, scale.cuda())
+    g = torch.Generator("cuda").manual_seed(0)
+    x = torch.randn(2, WEIGHT_FIRST_TOKENS["cuda"], 8192, generator=g, device="cuda").to(dtype)
+    exact = reference.lifted_linear(x.double(), None, *doubles(*factors), packed, scale.double())
+    operands = (None, *factors, ops.tiles.from_packed(packed, 321), scale)
     bound = {torch.float32: 1e-2, torch.float16: 1e-2, torch.bfloat16: 3e-2}[dtype] * float(exact.abs().max())
     for part in (x, x[:1, :-1], x[:, :17], x[0, 0]):
-        got = ir.lifted_linear(part.cuda(), *operands)
+        got = ir.lifted_linear(part, *operands)
         want = exact[tuple(slice(0, n) for n in part.shape[:-1])] if part.dim() > 1 else exact[0, 0]
-        assert got.shape == want.shape and (got.cpu().double() - want).abs().max() <= bound
-    whole = ir.lifted_linear(x.cuda(), *operands)
-    assert torch.equal(whole, ir.lifted_linear(x.cuda(), *operands))
+        assert got.shape == want.shape and (got.double() - want).abs().max() <= bound
+    whole = ir.lifted_linear(x, *operands)
+    assert torch.equal(whole, ir.lifted_linear(x, *operands))
     monkeypatch.setitem(DECODED_BYTES, "cuda", 1)
-    assert (ir.lifted_linear(x.cuda(), *operands) - whole).abs().max() <= bound
+    assert (ir.lifted_linear(x, *operands) - whole).abs().max() <= bound
