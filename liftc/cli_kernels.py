@@ -116,7 +116,8 @@ def add_commands(commands: Any, command: Callable[..., Any]) -> None:
     b.add_argument("what", choices=("kernels", "records"), help="measure, or show a file of records")
     b.add_argument("kernels", type=Path, metavar="ARTIFACT|KERNELS.so|FILE.jsonl")
     b.add_argument("--shapes", action="append", metavar="SHAPES",
-                   help="as of tune; repeatable (default llama-2-70b, llama-2-7b; CPU: smollm2-135m)")  # fmt: skip
+                   help="as of tune, with formats of its own as NAME@77/32,64/32; repeatable (default "
+                   "llama-2-70b@77/32,64/32,96/32 and llama-2-7b; CPU: smollm2-135m)")  # fmt: skip
     b.add_argument("--format", action="append", metavar="LQ-D/d", help="repeatable (default LQ-77/32)")
     b.add_argument(
         "--batch", type=_count, action="append", metavar="N", help="repeatable (default 1, 4, 8, 16)"
@@ -125,7 +126,10 @@ def add_commands(commands: Any, command: Callable[..., Any]) -> None:
         "--prefill", type=_whole, default=2048, metavar="N", help="tokens of prefill rows, 0 for none"
     )
     b.add_argument(
-        "--only", action="append", choices=("chains", "shapes", "peers", "prefill"), help="repeatable"
+        "--only",
+        action="append",
+        choices=("chains", "shapes", "peers", "prefill", "decode"),
+        help="repeatable",
     )
     b.add_argument(
         "--no-peers", action="store_true", help="leave out dense, unpacked and other people's kernels"

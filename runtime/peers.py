@@ -55,12 +55,13 @@ def peers(rows: int, features: int, tokens: int, pool: Tensor) -> Iterator[Calla
 def _dense(name: str, dtype: torch.dtype, rows: int, features: int, tokens: int, pool: Tensor) -> Peer:
     size = rows * features * dtype.itemsize
     count = max(1, min(pool.nbytes // size, -(-_BYTES // size), 512))
-    if size > pool.nbytes:
-        weights = torch.zeros(1, rows, features, dtype=dtype, device=pool.device)
-    else:
-        weights = pool[: count * size // 4].view(dtype).view(count, rows, features)
-        weights = weights.nan_to_num(0.0, 1.0, -1.0).clamp_(-1, 1)  # slow paths of NaN and denormals aside
-    x = torch.ones(tokens, features, dtype=dtype, device=pool.device)
+    generator = torch.Generator(pool.device).manual_seed(
+        0
+    )  # how fast a GPU runs depends on what it multiplies
+    weights, x = (
+        torch.randn(shape, dtype=dtype, device=pool.device, generator=generator)
+        for shape in ((count, rows, features), (tokens, features))
+    )
 
     def run() -> None:
         for weight in weights:

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from operand_layouts import tile_layout
 from test_records import record
 
 pytest.importorskip("tvm", reason="candidates are built with TVM")
@@ -23,14 +25,17 @@ from liftc.codegen.build import native_cpu_level
 from liftc.codegen.build_cuda import assembler_resources
 from liftc.driver import tune_run
 from liftc.driver.bench import BenchOptions, bench_kernels, within_shared
+from liftc.driver.bench_many import signs_of_tiles
 from liftc.driver.bench_plot import point
+from liftc.driver.bench_text import line_text, table_text
 from liftc.driver.kernels import choose_kernels
 from liftc.driver.shapes import MODELS, find_work
 from liftc.driver.tune import TuneOptions, build_bundle
 from liftc.driver.tune import tune_run as run_command
 from liftc.errors import LiftcError, RecordError
 from liftc.kernel_object import KernelFunction, KernelObject, cpu_features, file_sha256
-from liftc.kernel_records import append_records, read_records
+from liftc.kernel_records import append_records, parse_record, read_records
+from liftc.packing import unpack_signs
 from liftc.runtime.kernels import Kernels
 
 LEVEL = native_cpu_level()
@@ -235,7 +240,7 @@ def test_bench_measures_checks_and_writes(
     (file,) = (tmp_path / "records").glob("*.jsonl")
     assert [r.to_json() for r in read_records(file)] == rows
     names = [r["kernel"] for r in rows]
-    assert names.count("sign_matmul") == 3 and names.count("lifted_linear") == 2
+    assert names.count("sign_matmul") == 3 and names.count("lifted_linear") == 3
     assert {"lift", "lift+sign_matmul", "torch.unpack+matmul", "torch.linear.float32"} <= set(names)
     assert all(r["status"] == "ok" and r["microseconds"] > 0 for r in rows)
     text = capsys.readouterr().out
@@ -278,6 +283,30 @@ def test_within_shared_leaves_out_what_does_not_fit() -> None:
     made = KernelObject(Path("a.so"), "cuda", ("sm_90a",), "", (), "", 1, (), functions, "")
     kernels = Kernels(made, "cuda", {f.symbol: print for f in functions}, None)
     assert [f.symbol for f in within_shared(kernels, 99).of("sign_matmul_tiled")] == ["f0", "f99"]
+
+
+def test_signs_are_read_from_tiles_by_torch() -> None:
+    packed = torch.randint(
+        -(2**31), 2**31, (2, 300), dtype=torch.int32, generator=torch.Generator().manual_seed(0)
+    )
+    signs = signs_of_tiles(tile_layout(packed), 49, 300)
+    assert torch.equal(signs, unpack_signs(packed, 49))
+
+
+def test_tables_compare_with_one_token_dense_and_writing() -> None:
+    chain = {"out_features": 0, "in_features": 0, "chain": "8x8+8x16*2"}
+    share = {"write_ceiling_gbs": 50.0, "fraction_of_write_ceiling": 0.7, "rows": 8}
+    rows = [
+        record(kernel="lift", microseconds=10.0, **chain), record(kernel="lift", batch=4, microseconds=11.0, **chain),
+        record(kernel="lifted_linear", batch=300, microseconds=20.0),
+        record(kernel="cublas.float16", batch=300, microseconds=15.0),
+        record(kernel="unpack_tiles", microseconds=1.0, gigabytes_per_second=35.0, knobs=share),
+    ]  # fmt: skip
+    assert [parse_record(r.line()) for r in rows] == rows
+    answer = {"device": "D", "kernels": "k.so", "read_ceiling_gbs": 60.0, "not_installed": []}
+    text = table_text(answer, rows)
+    assert "| 4 | 11.0 (20.0) 1.10x |" in text and "| 300 | 20.0 0.75x | 15.0 |" in text
+    assert "| 1 | 1.0, 35 GB/s (70.0) |" in text and "70.0 % of writing" in line_text(rows[-1])
 
 
 def test_points_of_the_roofline() -> None:

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 
 from liftc.bundle import Work
-from liftc.driver.bench_rows import Rows
+from liftc.driver.bench_many import ManyRows
+from liftc.driver.bench_rows import Rows, Shape
+from liftc.driver.bench_text import line_text, table_text, what_text
 from liftc.driver.shapes import artifact_work, find_work
 from liftc.errors import LiftcError, TargetError
 from liftc.format import LiftFormat
@@ -25,9 +27,11 @@ from liftc.runtime.kernels import Kernels, load_kernels, runs_on
 CHAIN_ROUNDS = {"llama-2-70b": 6, "llama-2-7b": 8}
 """Layers in the chain of a shape set; other chains repeat until their signs fill the pool."""
 
-KINDS = ("chains", "shapes", "peers", "prefill")
+KINDS = ("chains", "shapes", "peers", "prefill", "decode")
 
-DEFAULT_SHAPES = {"cuda": ("llama-2-70b", "llama-2-7b"), "cpu": ("smollm2-135m",)}
+DEFAULT_SHAPES = {"cuda": ("llama-2-70b@77/32,64/32,96/32", "llama-2-7b"), "cpu": ("smollm2-135m",)}
+"""Shape sets, with formats of their own after an @."""
+
 POOL_BYTES = {"cuda": 2_000_000_000, "cpu": 256_000_000}
 
 
@@ -76,7 +80,7 @@ def bench_kernels(path: Path, options: BenchOptions) -> dict[str, Any]:
     for record in _measure(rows, path, options):
         records.append(record)
         if options.progress:
-            print(_line(record), file=sys.stderr, flush=True)
+            print(line_text(record), file=sys.stderr, flush=True)
         if options.records is not None:
             append_records(records_file(options.records, record.device), [record])
     answer = {
@@ -92,10 +96,10 @@ def bench_kernels(path: Path, options: BenchOptions) -> dict[str, Any]:
         roofline(records, options.plot)
     if wrong := [r for r in records if r.status == "wrong"]:
         raise LiftcError(
-            f"bench: {wrong[0].kernel} of {file.name} is not exact at {_what(wrong[0])}, batch {wrong[0].batch}, and "
-            f"{len(wrong) - 1} more rows; nothing else of these rows was timed"
+            f"bench: {wrong[0].kernel} of {file.name} is not exact at {what_text(wrong[0])}, batch "
+            f"{wrong[0].batch}, and {len(wrong) - 1} more rows; nothing else of these rows was timed"
         )
-    return {**answer, "text": _table(answer, records)}
+    return {**answer, "text": table_text(answer, records)}
 
 
 def bench_records(path: Path, options: BenchOptions) -> dict[str, Any]:
@@ -131,7 +135,7 @@ def bench_records(path: Path, options: BenchOptions) -> dict[str, Any]:
         "device": records[0].device, "kernels": f"version {newest}, {path.name}", "not_installed": [],
         "read_ceiling_gbs": max(ceilings, default=0.0), "records": [r.to_json() for r in records],
     }  # fmt: skip
-    return {**answer, "text": _table(answer, records)}
+    return {**answer, "text": table_text(answer, records)}
 
 
 def find_object(path: Path) -> Path:
@@ -161,31 +165,42 @@ def within_shared(kernels: Kernels, most: int) -> Kernels:
 def _measure(rows: Rows, path: Path, options: BenchOptions) -> Iterator[Record]:
     batches = options.batches or (1, 4, 8, 16)
     kinds = set(options.only or KINDS) - (set() if options.peers else {"peers"})
+    many = ManyRows(rows)
     for name, work in _sources(rows, path, options):
-        formats: dict[str, list[tuple[int, int]]] = {}
+        formats: dict[str, list[Shape]] = {}
         for w in work:
             formats.setdefault(w.format, []).append((w.out_features, w.in_features))
+        compared: set[Shape] = set()  # peers do not depend on the format
         for text, shapes in formats.items():
             fmt = LiftFormat.parse(text)
-            for batch in batches:
-                if len(shapes) > 1 and "chains" in kinds:
+            if len(shapes) > 1 and "chains" in kinds:
+                for batch in batches:
                     yield from rows.chain(shapes, CHAIN_ROUNDS.get(name, 0), fmt, batch)
             for shape in shapes:
                 for batch in batches:
                     if "shapes" in kinds:
                         yield from rows.shape(shape, fmt, batch)
-                    if "peers" in kinds:
+                    if "peers" in kinds and shape not in compared:
                         yield from rows.others(shape, fmt, batch)
-                if options.prefill and "prefill" in kinds:
-                    yield from rows.prefill(shape, fmt, options.prefill)
+                compared.add(shape)
+            if options.prefill and "prefill" in kinds:
+                for some in [*([shape] for shape in shapes), *([shapes] if len(shapes) > 1 else [])]:
+                    yield from many.prefill(some, fmt, options.prefill)
+            if "decode" in kinds:
+                for shape in shapes:
+                    yield from many.decode(shape, fmt)
 
 
 def _sources(rows: Rows, path: Path, options: BenchOptions) -> list[tuple[str, Sequence[Work]]]:
     """(name, linears): those asked for, else those of the artifact, else what such machines usually run."""
     if not options.shapes and path.is_dir() and not options.formats:
         return [(path.name, artifact_work(path))]
-    names = options.shapes or DEFAULT_SHAPES[rows.device.type]
-    return [(name.lower(), find_work(name, options.formats)) for name in names]
+    found: list[tuple[str, Sequence[Work]]] = []
+    for text in options.shapes or DEFAULT_SHAPES[rows.device.type]:
+        name, _, own = text.partition("@")
+        formats = own.split(",") if own and (options.shapes or not options.formats) else options.formats
+        found.append((name.lower(), find_work(name, formats)))
+    return found
 
 
 def _write(options: BenchOptions, records: Sequence[Record]) -> None:
@@ -195,54 +210,3 @@ def _write(options: BenchOptions, records: Sequence[Record]) -> None:
         options.json.write_text(json.dumps([r.to_json() for r in records], indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise LiftcError(f"cannot write {options.json}: {error.strerror or error}") from None
-
-
-def _what(record: Record) -> str:
-    if record.chain:
-        shapes, _, rounds = record.chain.partition("*")
-        return f"{rounds} x ({shapes.replace('+', ', ')})"
-    return f"{record.out_features}x{record.in_features}"
-
-
-def _line(record: Record) -> str:
-    figures = record.reason or record.status
-    if record.microseconds is not None:
-        figures = (
-            f"{record.microseconds:10.1f} us {record.gigabytes_per_second or 0:8.1f} GB/s "
-            f"{100 * (record.fraction_of_ceiling or 0):6.1f} %"
-        )
-    return f"{record.format:10s} batch {record.batch:4d} {record.kernel:22s} {figures}  {_what(record)}"
-
-
-def _table(answer: dict[str, Any], records: Sequence[Record]) -> str:
-    """Markdown: a row per linear or chain, format and batch, a column per kernel, microseconds (% of the ceiling)."""
-    lines = [
-        f"{answer['device']}, {answer['kernels']}, read ceiling {answer['read_ceiling_gbs']:.0f} GB/s",
-        "Microseconds, and bytes of weights over the time as % of the read ceiling.",
-    ]
-    if answer["not_installed"]:
-        lines.append(f"Not installed: {', '.join(answer['not_installed'])}.")
-    groups: dict[bool, list[Record]] = {}
-    for record in records:
-        many = record.kernel == "lifted_linear" or any(
-            r.kernel == "lifted_linear" and r.batch == record.batch for r in records
-        )
-        groups.setdefault(many, []).append(record)
-    for group in groups.values():
-        names = list(dict.fromkeys(r.kernel for r in group))
-        rows: dict[tuple[str, str, int], dict[str, str]] = {}
-        for r in group:
-            cell, share = r.status, r.fraction_of_ceiling
-            if r.microseconds is not None:
-                cell = f"{r.microseconds:.1f}" + ("" if share is None else f" ({100 * share:.1f})")
-            rows.setdefault((_what(r), r.format, r.batch), {})[r.kernel] = cell
-        lines += [
-            "",
-            "| linears | format | batch | " + " | ".join(names) + " |",
-            "|---" * (3 + len(names)) + "|",
-        ]
-        for (what, fmt, batch), cells in rows.items():
-            lines.append(
-                f"| {what} | {fmt} | {batch} | " + " | ".join(cells.get(n, "") for n in names) + " |"
-            )
-    return "\n".join(lines)

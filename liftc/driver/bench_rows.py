@@ -16,7 +16,7 @@ from liftc.runtime.kernels import Kernels
 from liftc.runtime.operands import Linear, Operands
 from liftc.runtime.ops import Ops
 from liftc.runtime.timing import Clock, machine_facts
-from liftc.spec import DTYPE_NAMES, transform_shape
+from liftc.spec import DTYPE_NAMES
 
 Shape = tuple[int, int]
 _MOST_LAUNCHES = 512
@@ -42,12 +42,14 @@ class Rows:
         rounds = rounds or self._rounds(shapes, fmt, batch)
         linears = self.operands.linears(self.ops, list(shapes) * rounds, fmt, batch, self.dtype)
         status = self._status(linears[: len(shapes)])
-        text = "+".join(f"{a}x{b}" for a, b in shapes) + f"*{rounds}"
         size = sum(linear.sign_bytes for linear in linears)
         for kernel in _KERNELS:
             time = self._time(kernel, linears)
             moved = size if kernel != "lift" else float(sum(linear.lift_bytes for linear in linears))
-            yield replace(self._record(kernel, fmt, (0, 0), batch, time, moved, status), chain=text)
+            yield replace(
+                self._record(kernel, fmt, (0, 0), batch, time, moved, status),
+                chain=chain_text(shapes, rounds),
+            )
 
     def shape(self, shape: Shape, fmt: LiftFormat, batch: int) -> Iterator[Record]:
         """One shape, cold unless the pool is 0: a launch each of as many copies as the pool holds."""
@@ -61,7 +63,7 @@ class Rows:
 
     def others(self, shape: Shape, fmt: LiftFormat, batch: int) -> Iterator[Record]:
         """The same linear by other means; those that fail are recorded as failed, with the reason."""
-        yield self._attempt(
+        yield self.attempt(
             "torch.unpack+matmul", shape, fmt, batch, lambda: self._unpacked(shape, fmt, batch)
         )
         for make in peers.peers(*shape, batch, self.operands.pool):
@@ -76,36 +78,6 @@ class Rows:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
-    def prefill(self, shape: Shape, fmt: LiftFormat, tokens: int) -> Iterator[Record]:
-        """lifted_linear of many tokens, and the dense product it stands for."""
-        yield self._attempt("lifted_linear", shape, fmt, tokens, lambda: self._many(shape, fmt, tokens))
-        first = next(iter(peers.peers(*shape, tokens, self.operands.pool)))
-        yield self._attempt(
-            "cublas.float16" if self.device.type == "cuda" else "torch.linear.float32", shape, fmt, tokens,
-            lambda: self._peer(first()),
-        )  # fmt: skip
-
-    def _peer(self, peer: peers.Peer) -> tuple[float, float]:
-        return self.clock.microseconds(peer.run, 5) / peer.count, peer.weight_bytes
-
-    def _many(self, shape: Shape, fmt: LiftFormat, tokens: int) -> tuple[float, float]:
-        (linear,) = self.operands.linears(self.ops, [shape], fmt, 1, self.dtype)
-        left, right = transform_shape(shape[1], fmt)
-        generator = torch.Generator(self.device).manual_seed(0)
-
-        def normal(*size: int) -> torch.Tensor:
-            return torch.randn(size, generator=generator, device=self.device)
-
-        x, inverse = normal(tokens, shape[1]).to(self.dtype), normal(right, right) / right**0.5
-        mapping = normal(fmt.subspace_dim, fmt.lifted_dim) / fmt.lifted_dim**0.5
-        scale = linear.scale / shape[1] ** 0.5
-        factor = normal(left, left) / left**0.5
-
-        def run() -> Any:
-            return self.ops.lifted_linear(x, None, factor, inverse, mapping, linear.signs, scale)
-
-        return self.clock.microseconds(run, 5), linear.sign_bytes
-
     def _unpacked(self, shape: Shape, fmt: LiftFormat, batch: int) -> tuple[float, float]:
         (linear,) = self.operands.linears(self.ops, [shape], fmt, batch, self.dtype)
         words = -(-shape[0] // 32) * linear.lifted
@@ -114,14 +86,23 @@ class Rows:
         run = peers.unpack_and_multiply(unpack, linear.z.to(self.dtype))
         return self.clock.microseconds(run, 3, graph=False), linear.sign_bytes
 
-    def _attempt(
-        self, kernel: str, shape: Shape, fmt: LiftFormat, batch: int, work: Callable[[], tuple[float, float]]
-    ) -> Record:
+    def attempt(
+        self, kernel: str, shape: Shape, fmt: LiftFormat, batch: int, work: Callable[[], tuple[float, float] | None],
+        dtype: torch.dtype | None = None,
+    ) -> Record:  # fmt: skip
+        """The record of work() -> (microseconds, bytes), or None when the result is wrong; what it raises is recorded.
+
+        dtype: of the activations, that of the other rows by default.
+        """
         try:
-            time, size = work()
+            found = work()
         except (RuntimeError, LiftcError) as error:
-            return self._failed(kernel, shape, fmt, batch, error)
-        return self._record(kernel, fmt, shape, batch, time, size, "ok", knobs={})
+            made = self._failed(kernel, shape, fmt, batch, error)
+        else:
+            time, size = found or (1.0, 0.0)
+            status = "ok" if found else "wrong"
+            made = self._record(kernel, fmt, shape, batch, time, size, status, knobs={})
+        return made if dtype is None else replace(made, dtype=DTYPE_NAMES[dtype])
 
     def _rounds(self, shapes: Sequence[Shape], fmt: LiftFormat, batch: int) -> int:
         once = self.operands.linears(self.ops, shapes, fmt, batch, self.dtype)
@@ -186,6 +167,11 @@ class Rows:
         line = next((part for part in str(error).splitlines() if part.strip()), type(error).__name__)
         made = self._record(kernel, fmt, shape, batch, 1.0, 0.0, "failed", knobs={})
         return replace(made, reason=line[:300])
+
+
+def chain_text(shapes: Sequence[Shape], rounds: int) -> str:
+    """How a record writes these linears in turn, `rounds` times over."""
+    return "+".join(f"{rows}x{features}" for rows, features in shapes) + f"*{rounds}"
 
 
 def _arch(kernels: Kernels, device: torch.device) -> str:
