@@ -49,6 +49,14 @@ __device__ __forceinline__ void liftc_load_tile(const void* from, void* to) {
 }
 """
 
+WORDS_OF_LANE = r"""
+__device__ __forceinline__ void liftc_words_of_lane(const void* from, int lane, void* to) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    static_cast<unsigned*>(to)[i] = __shfl_sync(0xffffffffu, static_cast<const unsigned*>(from)[i], lane);
+}
+"""
+
 SIGN_PAIRS = r"""
 __device__ __forceinline__ unsigned liftc_sign_pairs(const void* words, int bit, int half) {
   const unsigned* from = static_cast<const unsigned*>(words) + (bit >> 5);

@@ -67,9 +67,11 @@ def tile_signs(symbol: str) -> Any:
 def unpack_tiles(symbol: str, dtype: str, short: str) -> Any:
     """PrimFunc tiles int32 (NB, KB, 32, 4) -> out `dtype` (OC, K) of -1 and +1, and the number of blocks.
 
-    A warp takes a tile at a time; a lane writes a vector of 16 bytes of each of its rows, for float32 two.
+    A warp takes a tile at a time, the next one being on its way, and lanes exchange its words: loads one by one would
+    wait behind the stores. A lane writes a vector of 16 bytes of each row, a warp 512 bytes; for float32 two.
     """
     PER_T = 4 if short == "f32" else 2  # lanes whose columns the same lanes of a tile hold
+    EACH = 4 if short == "f32" else 8  # columns of a vector
 
     @T.prim_func
     def function(tiles_arg: T.handle, out_arg: T.handle, grid: T.int32) -> None:
@@ -84,15 +86,16 @@ def unpack_tiles(symbol: str, dtype: str, short: str) -> Any:
         bx = T.cta_id([grid])
         tx = T.thread_id([256])
         v = T.alloc_local((4,), "uint32")
+        u = T.alloc_local((4,), "uint32")
+        w = T.alloc_local((4,), "uint32")
         lane: T.let[T.int32] = tx % 32
-        item: T.int32 = bx * 8 + tx // 32
-        while item < NB * KB:
-            rb: T.int32 = T.truncdiv(item, KB)
-            kb: T.int32 = item - rb * KB
+
+        @T.inline
+        def write(rb, kb, vector):
             for r in T.unroll(8):
                 T.cuda.func_call(
-                    "liftc_load_tile", tiles.ptr_to([rb, kb, r * 4 + lane // PER_T % 4, 0]), v.ptr_to([0]),
-                    source_code=tile_device.LOAD_TILE,
+                    "liftc_words_of_lane", u.ptr_to([0]), r * 4 + lane // PER_T % 4, w.ptr_to([0]),
+                    source_code=tile_device.WORDS_OF_LANE,
                 )  # fmt: skip
                 for s in T.unroll(2):
                     if rb * 16 + s * 8 + r < OC:
@@ -101,18 +104,40 @@ def unpack_tiles(symbol: str, dtype: str, short: str) -> Any:
                             for half in T.unroll(2):  # 128 columns each, four of a lane
                                 T.cuda.func_call(
                                     "liftc_unpack_four_f32", out.ptr_to([0, 0]), at + (half * 128 + lane * 4),
-                                    K - kb * 256 - half * 128 - lane * 4, T.Select(K % 4 == 0, 1, 0),
-                                    T.Select(lane % 2 == 0, v[s], v[2 + s]),
+                                    K - kb * 256 - half * 128 - lane * 4, vector,
+                                    T.Select(lane % 2 == 0, w[s], w[2 + s]),
                                     half * 4 + lane // 16 * 2 + lane // 2 % 2,
                                     source_code=tile_device.UNPACK[short],
                                 )  # fmt: skip
                         else:
                             T.cuda.func_call(
                                 f"liftc_unpack_eight_{short}", out.ptr_to([0, 0]), at + lane * 8,
-                                K - kb * 256 - lane * 8, T.Select(K % 8 == 0, 1, 0), v[s], v[2 + s],
-                                lane // 8 * 2 + lane % 2,
+                                K - kb * 256 - lane * 8, vector, w[s], w[2 + s], lane // 8 * 2 + lane % 2,
                                 source_code=tile_device.UNPACK[short],
                             )  # fmt: skip
+
+        item: T.int32 = bx * 8 + tx // 32
+        if item < NB * KB:
+            T.cuda.func_call(
+                "liftc_load_tile",
+                tiles.ptr_to([0, item, lane, 0]),
+                v.ptr_to([0]),
+                source_code=tile_device.LOAD_TILE,
+            )
+        while item < NB * KB:
+            rb: T.int32 = T.truncdiv(item, KB)
+            kb: T.int32 = item - rb * KB
+            for q in T.unroll(4):
+                u[q] = v[q]
+            if item + grid * 8 < NB * KB:
+                T.cuda.func_call(
+                    "liftc_load_tile", tiles.ptr_to([0, item + grid * 8, lane, 0]), v.ptr_to([0]),
+                    source_code=tile_device.LOAD_TILE,
+                )  # fmt: skip
+            if T.truncmod(K, EACH) == 0:
+                write(rb, kb, 1)
+            else:
+                write(rb, kb, 0)
             item = item + grid * 8
 
     return function

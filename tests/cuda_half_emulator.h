@@ -58,6 +58,14 @@ inline void liftc_store_pair(void* to, uint32_t a, uint32_t b) {
   std::memcpy(to, words, 8);
 }
 inline uint32_t __float_as_uint(float value) { return uint32_t(__float_as_int(value)); }
+inline uint32_t __shfl_sync(uint32_t, uint32_t value, int lane) {
+  block::Meeting& group = block::warps[block::current / 32];
+  group.values[block::current % 32] = int(value);
+  block::meet(group);
+  uint32_t other = uint32_t(group.values[lane & 31]);
+  block::meet(group);
+  return other;
+}
 inline float liftc_rest_f16(float value) { return value - half_value(half_bits(value)); }
 
 namespace warp {

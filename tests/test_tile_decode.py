@@ -60,6 +60,7 @@ class Emulated:
         helpers = "".join(
             (
                 tile_device.WARP_MAX, tile_device.LOAD_TILE, tile_device.LAY_ROWS, tile_device.SIGN_PAIRS,
+                tile_device.WORDS_OF_LANE,
                 halves, tile_device.STORE_F32,
                 *(text.removeprefix(tile_device.STORE_VECTOR) for text in tile_device.UNPACK.values()),
                 *tile_device.LOAD_EIGHT.values(), *tile_device.STORE_FOUR.values(),
