@@ -1,4 +1,4 @@
-# mypy: disable-error-code="misc, untyped-decorator"
+# mypy: disable-error-code="misc, untyped-decorator, no-untyped-def, used-before-def"
 """The tile layout of signs, and the kernels that make it from the portable layout and read it back.
 
 A tile is 16 rows x 256 columns in 512 bytes, one 16-byte vector per lane of a warp: tiles int32 (NB, KB, 32, 4)
