@@ -248,6 +248,24 @@ def test_bench_measures_checks_and_writes(
     assert not plot or b"<svg" in (tmp_path / "roof.svg").read_bytes()[:600]
 
 
+def test_formats_of_a_shape_set_and_kinds_of_rows(bundle: Path, tmp_path: Path) -> None:
+    options = BenchOptions(
+        shapes=("48x40,33x20@24/10,24/8",), only=("prefill", "decode", "peers"), batches=(1,), prefill=300,
+        pool_bytes=32768, threads=1, formats=("77/32",), progress=False,
+    )  # fmt: skip
+    answer = bench_kernels(bundle / f"llvm-{LEVEL}.so", options)
+    rows = [(r["kernel"], r["format"], r.get("chain", "")) for r in answer["records"]]
+    layer = "48x40+33x20*1"
+    for fmt in ("LQ-24/10", "LQ-24/8"):
+        assert rows.count(("lifted_linear", fmt, "")) == 2 and ("lifted_linear", fmt, layer) in rows
+        assert ("torch.linear.float32", fmt, layer) in rows
+    peers = [row for row in rows if row[0] == "torch.unpack+matmul"]
+    assert len(peers) == 2 and all(fmt == "LQ-24/10" for _, fmt, _ in peers)
+    assert "the speed of dense" in answer["text"] and not any(
+        r["kernel"] == "unpack_tiles" for r in answer["records"]
+    )
+
+
 def test_records_are_shown_without_measuring(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "a.jsonl"
     old, wrong = record(kernel_version=0, microseconds=0.5), record(status="wrong", microseconds=0.1)

@@ -197,7 +197,7 @@ def _sources(rows: Rows, path: Path, options: BenchOptions) -> list[tuple[str, S
         return [(path.name, artifact_work(path))]
     found: list[tuple[str, Sequence[Work]]] = []
     for text in options.shapes or DEFAULT_SHAPES[rows.device.type]:
-        name, _, own = text.partition("@")
+        name, _, own = (text, "", "") if Path(text).exists() else text.partition("@")
         formats = own.split(",") if own and (options.shapes or not options.formats) else options.formats
         found.append((name.lower(), find_work(name, formats)))
     return found
