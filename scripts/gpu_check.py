@@ -8,9 +8,10 @@ artifact: a language model compiled with --target cuda --target llvm; its CUDA o
 what the tests use. Parts: `tests` runs the tests marked gpu and checks the encoder against its reference bit for bit;
 `model` compares quantizing and generation on GPU and CPU and times decoding; `kernels` measures them (liftc bench
 kernels) and, with --bundle, sweeps their knobs (liftc tune --run), records in OUT/records; `sanitize` runs
-scripts/call_kernels.py under memcheck and racecheck of compute-sanitizer, logs in OUT. With --model also quantizes it
-once per --row NAME:BITS (benchmarks/ablation.py) and the first of them a second time, which must give the same bytes.
---captured: where torch is older than capture needs (liftc capture).
+scripts/call_kernels.py under memcheck and racecheck of compute-sanitizer, and what both must find
+(scripts/sanitizer_control.py), logs in OUT. With --model also quantizes it once per --row NAME:BITS
+(benchmarks/ablation.py) and the first of them a second time, which must give the same bytes. --captured: where torch is
+older than capture needs (liftc capture).
 """
 
 from __future__ import annotations
@@ -37,6 +38,11 @@ from liftc.spec import LiftSpec, transform_shape
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("tests", "model", "kernels", "sanitize")
+FOUND = 9
+"""Exit code of compute-sanitizer that has found something."""
+
+CONTROL = {"memcheck": "Invalid __global__ read", "racecheck": "Race reported"}
+"""What compute-sanitizer says of scripts/sanitizer_control.py."""
 
 
 def run_tests() -> dict[str, Any]:
@@ -130,9 +136,10 @@ def measure_kernels(kernels: Path, out: Path, bundle: Path | None, budget: str) 
 
 
 def sanitize(kernels: Path, out: Path) -> dict[str, int]:
-    """Exit codes of memcheck and racecheck over every kernel, at once; logs go to OUT. Exits where the tool is absent.
+    """Exit codes of memcheck and racecheck over every kernel, and of what they must find; logs go to OUT.
 
-    torch's kernels are left out. Every tensor has memory of its own, so that a read past its end is found.
+    All four run at once. torch's kernels are left out. Every tensor has memory of its own, so that a read past its end
+    is found. The code of a control is 0 when its mistake was found. Exits where the tool is absent.
     """
     tool = find_sanitizer()
     if tool is None:
@@ -140,15 +147,24 @@ def sanitize(kernels: Path, out: Path) -> dict[str, int]:
     names = sorted({f"kns={function.op}" for function in read_kernel_object(kernels).functions})
     ours = [word for name in names for word in ("--kernel-name", name)]
     environment = {**_environment(), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    script = [sys.executable, "scripts/call_kernels.py", str(kernels)]
     running = {}
     for check in ("memcheck", "racecheck"):
-        command = [str(tool), "--tool", check, "--error-exitcode", "9", *ours, *script]
-        with (out / f"sanitizer-{check}.txt").open("w") as log:
-            running[check] = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=environment)
-    codes = {check: process.wait() for check, process in running.items()}
-    for check, code in codes.items():
-        print(f"{check}: exit code {code}, {out / f'sanitizer-{check}.txt'}")
+        command = [str(tool), "--tool", check, "--error-exitcode", str(FOUND), *ours, sys.executable]
+        scripts = {
+            check: ["scripts/call_kernels.py"],
+            f"{check}-control": ["scripts/sanitizer_control.py", check],
+        }
+        for name, script in scripts.items():
+            with (out / f"sanitizer-{name}.txt").open("w") as log:
+                words = [*command, *script, str(kernels)]
+                running[name] = subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=log, env=environment)
+    codes = {name: process.wait() for name, process in running.items()}
+    for check in ("memcheck", "racecheck"):
+        text = (out / f"sanitizer-{check}-control.txt").read_text()
+        found = codes[f"{check}-control"] == FOUND and CONTROL[check] in text
+        codes[f"{check}-control"] = 0 if found else 1
+    for name, code in codes.items():
+        print(f"{name}: exit code {code}, {out / f'sanitizer-{name}.txt'}")
     return codes
 
 
