@@ -68,6 +68,7 @@ def whiten(symbol: str, dtype: str, short: str, left_tiles: int, right_tiles: in
         values = pool.alloc((ROOM // 4,), "uint32", align=16)
         peaks = pool.alloc((WARPS,), "int32", align=16)
         pool.commit(shared_bytes(left_tiles, right_tiles))
+        xs = T.alloc_local((left_tiles * 4,), "uint32")
         r = T.alloc_local((right_tiles * 4,), "uint32")
         u = T.alloc_local((left_tiles * 4,), "uint32")
         w = T.alloc_local((4,), "uint32")
@@ -88,13 +89,26 @@ def whiten(symbol: str, dtype: str, short: str, left_tiles: int, right_tiles: in
         T.cuda.cta_sync()
         peak: T.int32 = 0
         if token < m and slot < together:
-            for i in T.serial((IC // 8 - member * 32 - lane + team * 32 - 1) // (team * 32)):
-                k: T.int32 = (i * team * 32 + member * 32 + lane) * 8
+            for i in T.unroll(left_tiles):  # all loads first: a lane has at most n1 vectors of its token
+                which: T.int32 = (i * team + member) * 32 + lane
+                i1: T.int32 = T.truncdiv(which, n2 * 2)
+                j1: T.int32 = (which - i1 * (n2 * 2)) * 8
+                for e in T.unroll(4):
+                    xs[i * 4 + e] = T.uint32(0)
+                if i1 < t1 and j1 < t2 and i1 * t2 + j1 < IC:
+                    T.cuda.func_call(
+                        "liftc_load_tile", x.ptr_to([token, i1 * t2 + j1]), xs.ptr_to([i * 4]),
+                        source_code=tile_device.LOAD_TILE,
+                    )  # fmt: skip
+            for i in T.unroll(left_tiles):
+                scaled: T.int32 = (i * team + member) * 32 + lane
+                i2: T.int32 = T.truncdiv(scaled, n2 * 2)
+                k2: T.int32 = i2 * t2 + (scaled - i2 * (n2 * 2)) * 8
                 peak = T.max(
                     peak,
                     T.cuda.func_call(
-                        f"liftc_peak_of_eight_{short}", x.ptr_to([token, k]),
-                        in_scale.ptr_to([T.Select(SC > 1, k, 0)]), T.Select(SC > 1, 1, 0),
+                        f"liftc_peak_of_eight_{short}", xs.ptr_to([i * 4]),
+                        in_scale.ptr_to([T.Select(T.And(SC > 1, k2 < IC), k2, 0)]), T.Select(SC > 1, 1, 0),
                         source_code=tile_device.WHITEN, return_type="int32",
                     ),
                 )  # fmt: skip
@@ -109,21 +123,19 @@ def whiten(symbol: str, dtype: str, short: str, left_tiles: int, right_tiles: in
         exponent: T.int32 = T.min(T.max(T.shift_right(peaks[T.min(slot, WARPS - 1)], 23), 1), 253)
         if token < m and slot < together:
             down: T.float32 = T.reinterpret("float32", T.shift_left(254 - exponent, 23))
-            for i in T.serial((vectors - member * 32 - lane + team * 32 - 1) // (team * 32)):
-                v: T.int32 = i * team * 32 + member * 32 + lane
+            for i in T.unroll(left_tiles):
+                v: T.int32 = (i * team + member) * 32 + lane
                 i0: T.int32 = T.truncdiv(v, n2 * 2)
                 j0: T.int32 = (v - i0 * (n2 * 2)) * 8
                 k0: T.int32 = i0 * t2 + j0
-                for e in T.unroll(4):
-                    w[e] = T.uint32(0)
-                if i0 < t1 and j0 < t2 and k0 < IC:
+                if v < vectors:
                     T.cuda.func_call(
-                        f"liftc_halves_of_eight_{short}", x.ptr_to([token, k0]),
-                        in_scale.ptr_to([T.Select(SC > 1, k0, 0)]), T.Select(SC > 1, 1, 0), down,
+                        f"liftc_halves_of_eight_{short}", xs.ptr_to([i * 4]),
+                        in_scale.ptr_to([T.Select(T.And(SC > 1, k0 < IC), k0, 0)]), T.Select(SC > 1, 1, 0), down,
                         w.ptr_to([0]), source_code=tile_device.WHITEN,
                     )  # fmt: skip
-                for e in T.unroll(4):
-                    values[base + i0 * stride + j0 // 2 + e] = w[e]
+                    for e in T.unroll(4):
+                        values[base + i0 * stride + j0 // 2 + e] = w[e]
         T.cuda.cta_sync()
         values_at: T.uint32 = T.cuda.cvta_generic_to_shared(values.ptr_to([base + g * stride + t * 4]))
         if token < m and slot < together:

@@ -187,9 +187,8 @@ b of a word is its bit 8 b + j."""
 
 LOAD_EIGHT = {
     short: r"""
-__device__ __forceinline__ void liftc_load_eight_KIND(const void* x, const void* scale, int scaled, float* v) {
-  const uint4 w = __ldg(static_cast<const uint4*>(x));
-  const unsigned words[4] = {w.x, w.y, w.z, w.w};
+__device__ __forceinline__ void liftc_eight_KIND(const void* x, const void* scale, int scaled, float* v) {
+  const unsigned* words = static_cast<const unsigned*>(x);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     v[2 * i] = liftc_low_KIND(words[i]);
@@ -203,7 +202,7 @@ __device__ __forceinline__ void liftc_load_eight_KIND(const void* x, const void*
 __device__ __forceinline__ int liftc_peak_of_eight_KIND(const void* x, const void* scale, int scaled) {
   float v[8];
   int peak = 0;
-  liftc_load_eight_KIND(x, scale, scaled, v);
+  liftc_eight_KIND(x, scale, scaled, v);
 #pragma unroll
   for (int i = 0; i < 8; ++i) peak = max(peak, __float_as_int(v[i]) & 0x7fffffff);
   return peak;
@@ -212,15 +211,15 @@ __device__ __forceinline__ void liftc_halves_of_eight_KIND(const void* x, const 
                                                            void* out) {
   float v[8];
   unsigned* w = static_cast<unsigned*>(out);
-  liftc_load_eight_KIND(x, scale, scaled, v);
+  liftc_eight_KIND(x, scale, scaled, v);
 #pragma unroll
   for (int i = 0; i < 4; ++i) w[i] = liftc_two_f16(v[2 * i] * times, v[2 * i + 1] * times);
 }
 """.replace("KIND", short)
     for short in ("f16", "bf16")
 }
-"""Eight values of x, times eight entries of a scale where there is one: the bits of the largest magnitude, or four
-words of float16."""
+"""Four words with eight values of x, times eight entries of a scale where there is one: the bits of the largest
+magnitude, or four words of float16."""
 
 STORE_PAIR = r"""
 __device__ __forceinline__ void liftc_store_pair(void* to, unsigned a, unsigned b) {

@@ -100,9 +100,8 @@ class TiledSigns:
         or bf16, contiguous, d dividing P. Raises LiftcError.
         """
         function = self._decode[DTYPE_NAMES[out.dtype]][1]
-        blocks, pairs = out.shape[1] // mapping.shape[0], -(-out.shape[0] // 32)
         grid = _DECODE_BLOCKS * self._processors_of(tiles.device)
-        runs = _runs(blocks, pairs, mapping.shape[1], grid)
+        runs = _runs(out.shape[1] // mapping.shape[0], tiles.shape[0], mapping.shape[1], grid)
         try:
             function(
                 tiles,
@@ -111,7 +110,7 @@ class TiledSigns:
                 out,
                 float(times),
                 runs,
-                min(grid, pairs * runs),
+                min(grid, tiles.shape[0] * runs),
             )
         except _REFUSALS as error:
             given = ", ".join(_text(t) for t in (tiles, mapping, scale, out))
@@ -182,11 +181,17 @@ class TiledSigns:
         return count
 
 
-def _runs(blocks: int, pairs: int, lifted: int, grid: int) -> int:
-    """Into how many runs the blocks of columns are cut: few, and such that thread blocks finish together."""
-    fewest = -(-blocks // ((_DECODE_TILES * TILE_COLUMNS - TILE_COLUMNS + 1) // lifted))
-    choices = range(fewest, min(blocks, 4 * fewest) + 1)
-    return min(choices, key=lambda r: -(-pairs * r // grid) * grid / (pairs * r) * (1 + 0.02 * (r - fewest)))
+def _runs(blocks: int, row_blocks: int, lifted: int, grid: int) -> int:
+    """Into how many runs the pairs of blocks of columns are cut: few, and such that thread blocks finish together."""
+    pairs = -(-blocks // 2)
+    fewest = -(-pairs // ((_DECODE_TILES * TILE_COLUMNS - TILE_COLUMNS + 1) // lifted // 2))
+    choices = range(fewest, min(pairs, 4 * fewest) + 1)
+
+    def cost(runs: int) -> float:
+        work = row_blocks * runs
+        return -(-work // grid) * min(grid, work) / work * (1 + 0.02 * (runs - fewest))
+
+    return min(choices, key=cost)
 
 
 def _text(value: Tensor) -> str:
