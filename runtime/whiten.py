@@ -60,7 +60,9 @@ def two_products(
 ) -> Tensor:
     """times * left · reshape(x * activation_scale) · right per token in the type of x, left and right."""
     tokens, t1, t2 = x.shape[0], left.shape[0], right.shape[0]
-    scaled = _padded(x if activation_scale is None else x.float(), activation_scale, t1 * t2).to(x.dtype)
+    if activation_scale is not None:
+        x = torch.mul(x, activation_scale, out=torch.empty_like(x))  # in float32, rounded once, one pass
+    scaled = _padded(x, None, t1 * t2)
     mixed = torch.mm(scaled.view(-1, t2), right * times).view(tokens, t1, t2)
     return torch.bmm(left.expand(tokens, t1, t1), mixed).view(tokens, t1 * t2)
 
