@@ -87,7 +87,8 @@ def doubles(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
 
 
 def allowed_error(
-    x: torch.Tensor, scale: torch.Tensor, factors: list[torch.Tensor], out_scale: torch.Tensor, exact: torch.Tensor
+    x: torch.Tensor, scale: torch.Tensor | None, factors: list[torch.Tensor], out_scale: torch.Tensor,
+    exact: torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
     """What lifted_linear may be away from the exact result, (..., OC) float64.
 
