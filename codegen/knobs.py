@@ -80,70 +80,41 @@ class TensorCoreKnobs:
 
 
 @dataclass(frozen=True)
-class WarpgroupKnobs:
-    """Choices of the warp-group sign_matmul (codegen/tensorcore_warpgroup.py).
-
-    tokens: the most tokens of a call, 1, 2 or a multiple of 4. groups: warp groups of a block. ring: tiles a warp has
-    in flight, one more than it waits for. sets: accumulator sets, 1, 2, 4 or 8 (fewer: fewer registers, more shifts).
-    chunk_blocks: blocks of 256 columns that the groups share at a time, z_buffers: chunks in shared memory.
-    block_rows: most blocks of 16 rows of one cluster. split: blocks of a cluster, each with its part of the columns.
-    dependent_launch: start while the kernel before still runs. pad_bytes: unused shared memory, to keep blocks apart.
-    """
-
-    tokens: int = 16
-    groups: int = 4
-    ring: int = 6
-    sets: int = 2
-    chunk_blocks: int = 6
-    z_buffers: int = 2
-    block_rows: int = 32
-    split: int = 1
-    dependent_launch: bool = True
-    pad_bytes: int = 0
-
-    def shared_bytes(self) -> int:
-        """Dynamic shared memory of a block."""
-        planes = self.z_buffers * self.chunk_blocks * self.tokens * 512
-        ring = self.groups * 4 * self.ring * 512
-        sums = self.tokens * (self.block_rows * 16 + 8) * 4
-        totals = 2 * -(-self.tokens // 4) * 16 + self.block_rows * 64
-        barriers = -(-self.z_buffers * self.chunk_blocks // 2) * 16 + -(-self.z_buffers // 2) * 16
-        return planes + ring + -(-sums // 16) * 16 + totals + barriers + self.pad_bytes
-
-    def describe(self) -> tuple[str, ...]:
-        """One text "name=value" per knob."""
-        return tuple(f"{name}={value}" for name, value in asdict(self).items())
-
-
-@dataclass(frozen=True)
 class BinaryKnobs:
     """Choices of the binary warp-group sign_matmul (codegen/tensorcore_binary.py).
 
-    tokens: the most tokens of a call, a multiple of 4. groups: warp groups of a block that multiply. ring: tiles a warp
-    has in flight, one more than it waits for. chunk_blocks: blocks of 256 columns that the groups share at a time,
-    z_buffers: chunks in shared memory. block_rows: most blocks of 16 rows of one cluster. split: blocks of a cluster,
-    each with its part of the columns. dependent_launch: start while the kernel before still runs. pad_bytes: unused
-    shared memory, to keep blocks apart.
+    tokens: the most tokens of a call, a multiple of 4. teams: of warp groups, each with its own tiles. lanes: warp
+    groups of a team, each with its part of the tokens (whole fours). stage_blocks: blocks of 256 columns of a stage.
+    ring: stages of tiles of four row blocks that a team has in flight, at most 32. cutters: warps that cut z into bits.
+    z_stages: stages of z in shared memory, at most 32. block_rows: most blocks of 16 rows of one cluster. split: blocks
+    of a cluster, each with its part of the columns. dependent_launch: start while the kernel before still runs.
+    pad_bytes: unused shared memory, to keep blocks apart.
     """
 
     tokens: int = 16
-    groups: int = 3
-    ring: int = 8
-    chunk_blocks: int = 6
-    z_buffers: int = 2
-    block_rows: int = 32
-    split: int = 1
+    teams: int = 1
+    lanes: int = 2
+    stage_blocks: int = 4
+    ring: int = 4
+    cutters: int = 6
+    z_stages: int = 4
+    block_rows: int = 56
+    split: int = 2
     dependent_launch: bool = True
     pad_bytes: int = 0
 
+    def threads(self) -> int:
+        """Of a block: warp groups, a warp that fills the ring of each team, one that copies z, and the cutters."""
+        return 32 * (self.teams * (4 * self.lanes + 1) + 1 + self.cutters)
+
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block."""
-        planes = self.z_buffers * self.chunk_blocks * self.tokens * 512
-        ring = self.groups * 4 * self.ring * 512
-        sums = self.tokens * (self.block_rows * 16 + 8) * 4
-        totals = 2 * -(-self.tokens // 4) * 16 + self.block_rows * 64
-        barriers = 2 * -(-self.z_buffers * self.chunk_blocks // 2) * 16 + -(-self.z_buffers // 2) * 16
-        return planes + ring + sums + totals + barriers + self.pad_bytes
+        bits = self.z_stages * self.stage_blocks * self.tokens * 512
+        ring = self.teams * self.ring * self.stage_blocks * 2048
+        sums = self.tokens * (-(-self.block_rows // 4) * 64 + 8) * 4
+        totals = 2 * -(-self.tokens // 4) * 16 + -(-self.block_rows // 4) * 256
+        barriers = [self.z_stages] * 3 + [self.teams * self.ring] * 2
+        return bits + ring + sums + totals + sum(-(-n // 2) * 16 for n in barriers) + self.pad_bytes
 
     def describe(self) -> tuple[str, ...]:
         """One text "name=value" per knob."""
@@ -230,16 +201,13 @@ TENSOR_CORE_KNOBS: dict[str, tuple[TensorCoreKnobs, ...]] = {
 }
 """Choices per family, fewest tokens first: hopper and server measured on an H100, the others chosen to fit."""
 
-WARPGROUP_KNOBS: dict[str, tuple[WarpgroupKnobs, ...]] = {
+BINARY_KNOBS: dict[str, tuple[BinaryKnobs, ...]] = {
     "hopper": (
-        WarpgroupKnobs(8, sets=2, chunk_blocks=8, block_rows=56, split=2),
-        WarpgroupKnobs(16, sets=1, chunk_blocks=7, block_rows=28),
+        BinaryKnobs(8, teams=2, lanes=1, ring=4, cutters=5, z_stages=8),
+        BinaryKnobs(16, teams=1, lanes=2, ring=4, cutters=6, z_stages=4),
     ),
 }
 """More tokens than TENSOR_CORE_KNOBS has, measured on an H100."""
-
-BINARY_KNOBS: dict[str, tuple[BinaryKnobs, ...]] = {}
-"""None is in use: the binary form is right on the emulator and has not been timed on a GPU."""
 
 LIFT_KNOBS: dict[str, tuple[LiftKnobs, ...]] = {
     family: tuple(

@@ -16,13 +16,11 @@ from liftc.codegen.knobs import (
     BINARY_KNOBS,
     LIFT_KNOBS,
     TENSOR_CORE_KNOBS,
-    WARPGROUP_KNOBS,
     BinaryKnobs,
     CpuKnobs,
     CudaKnobs,
     LiftKnobs,
     TensorCoreKnobs,
-    WarpgroupKnobs,
     chip_family,
 )
 from liftc.kernel_object import KernelFunction
@@ -162,22 +160,6 @@ def tensor_core_templates(
         yield KernelTemplate(function, partial(tensorcore_sign.sign_matmul_tiled, symbol, knobs))
 
 
-def warpgroup_templates(
-    name: str, archs: tuple[str, ...], choices: tuple[WarpgroupKnobs, ...]
-) -> Iterator[KernelTemplate]:
-    """The warp-group sign_matmul of sm_90a, fewest tokens first; imports TVM."""
-    from liftc.codegen import tensorcore_warpgroup
-
-    for knobs in choices:
-        symbol = f"sign_matmul_warpgroup_{name}_{knobs.tokens}"
-        function = KernelFunction(
-            symbol, "sign_matmul_warpgroup", "", max_tokens=knobs.tokens, shared_bytes=knobs.shared_bytes(),
-            archs=",".join(archs), block_rows=knobs.block_rows, knobs=" ".join(knobs.describe()), plane_bytes=16,
-            cluster_blocks=knobs.split,
-        )  # fmt: skip
-        yield KernelTemplate(function, partial(tensorcore_warpgroup.sign_matmul_warpgroup, symbol, knobs))
-
-
 def binary_templates(
     name: str, archs: tuple[str, ...], choices: tuple[BinaryKnobs, ...]
 ) -> Iterator[KernelTemplate]:
@@ -240,7 +222,6 @@ def lift_templates(
 
 TUNED_TEMPLATES: tuple[TunedTemplate, ...] = (
     TunedTemplate("sign_matmul_binary", BinaryKnobs, lambda: BINARY_KNOBS, binary_templates),
-    TunedTemplate("sign_matmul_warpgroup", WarpgroupKnobs, lambda: WARPGROUP_KNOBS, warpgroup_templates),
     TunedTemplate("sign_matmul_tiled", TensorCoreKnobs, lambda: TENSOR_CORE_KNOBS, tensor_core_templates),
     TunedTemplate("lift_planes", LiftKnobs, lambda: LIFT_KNOBS, lift_templates),
 )

@@ -26,22 +26,15 @@ AXES: dict[str, dict[str, tuple[Any, ...]]] = {
         "prefetch_tiles": (0, 4),
         "first_tiles": (0, 2, 3),
     },
-    "sign_matmul_warpgroup": {
-        "ring": (4, 5, 6, 8, 10),
-        "chunk_blocks": (2, 3, 4, 6, 8, 12, 16),
-        "split": (1, 2, 4),
-        "sets": (1, 2, 4),
-        "groups": (2, 3, 4),
-        "block_rows": (28, 32, 56, 112),
-        "z_buffers": (2, 3),
-    },
     "sign_matmul_binary": {
-        "split": (1, 2, 4),
-        "groups": (2, 3),
-        "ring": (4, 6, 8, 10, 12),
-        "chunk_blocks": (3, 5, 7, 8, 12, 16, 20),
-        "block_rows": (28, 56, 112),
-        "z_buffers": (2, 3),
+        "cutters": (2, 4, 5, 6, 8, 10),
+        "z_stages": (2, 3, 4, 5, 6, 7, 8, 9, 10),
+        "ring": (2, 3, 4, 5, 6, 8),
+        "teams": (1, 2, 3),
+        "stage_blocks": (2, 3, 4),
+        "lanes": (1, 2, 4),
+        "split": (1, 2),
+        "block_rows": (28, 56),
     },
     "lift_planes": {
         "trigger": (0, 1, 2),
@@ -153,6 +146,10 @@ def _fits(knobs: Any, limit: int) -> bool:
         rows, warps = getattr(knobs, "row_blocks", 1), getattr(knobs, "warps", 0) or 4 * knobs.groups
         accumulators = 4 * knobs.sets * rows * -(-2 * knobs.tokens // 8)
         return bool((accumulators + _REGISTERS_BESIDE) * warps * 32 <= _REGISTER_FILE)
+    if hasattr(knobs, "lanes"):  # one accumulator per row of 8 and bit of a token
+        tokens, rest = divmod(knobs.tokens, 4 * knobs.lanes)
+        accumulators = 32 * tokens
+        return not rest and (accumulators + _REGISTERS_BESIDE) * knobs.threads() <= _REGISTER_FILE
     return bool(getattr(knobs, "group", 1) <= knobs.tokens)
 
 

@@ -1,6 +1,6 @@
 # mypy: disable-error-code="misc, untyped-decorator, no-untyped-def, used-before-def"
 # ruff: noqa: F823, F841, B007  (TIRx inline functions share the scope of their caller)
-"""sign_matmul for 4, 8 and 16 tokens on the binary warp-group tensor instruction of sm_90a.
+"""sign_matmul for 8 and 16 tokens on the binary warp-group tensor instruction of sm_90a.
 
 A tile of signs is an operand of `wgmma.m64nNk256` as it is: with and.popc, entry (row, n) of the product counts the
 columns whose sign bit and whose bit in column n of the other operand are both set. That other operand is z cut into its
@@ -10,10 +10,14 @@ columns, with four tokens in one instruction. All int32 arithmetic is modulo 2^3
 
 Blocks. `split` blocks of a cluster share consecutive row blocks of 16 rows; each takes its part of the columns, so
 that every processor reads only its part of z, and in the end adds the sums of the others for its part of the rows.
-The last four warps of a block prepare z, one block of 256 columns after the other: one warp has it copied, three turn
-bytes into bits where they lie. The warps of the other groups take tiles of four row blocks one below the other, each
-through a ring of its own. Row blocks past the last of a cluster are multiplied as garbage that nobody reads. Before
-the dependent-launch wait a block reads signs and their scales only.
+
+Warps. The copy engine brings everything into shared memory. `lanes` warp groups side by side take the same tiles, each
+for its part of the tokens; a team of them takes tiles of four row blocks one below the other from a ring of its own,
+which one warp fills, several columns at a time. Another warp has z copied, one block of 256 columns after the other,
+and the remaining `cutters` turn its bytes into bits where they lie. Row blocks past the last of a cluster are
+multiplied as garbage that nobody reads. Before the dependent-launch wait a block reads signs and their scales only.
+
+A register operand is loaded only when the product that read it before is complete: it is read while it is in flight.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from typing import Any
 from tvm.script import tirx as T
 
 from liftc.codegen import tensorcore_device as device
+from liftc.codegen import warpgroup_calls as call
 from liftc.codegen import warpgroup_device as group_device
 from liftc.codegen.knobs import BinaryKnobs
 
@@ -38,25 +43,31 @@ def sign_matmul_binary(symbol: str, knobs: BinaryKnobs) -> Any:
     (codegen/tensorcore_lift.py), and grid is a multiple of knobs.split with at least ceil(NB / knobs.block_rows)
     clusters.
     """
-    GROUPS, RING, SPLIT = knobs.groups, knobs.ring, knobs.split
+    TEAMS, LANES, RING, DEPTH, SPLIT = knobs.teams, knobs.lanes, knobs.ring, knobs.stage_blocks, knobs.split
     COLS = 2 * knobs.tokens
-    QUADS = knobs.tokens // 4  # of tokens: one instruction each
-    CHUNK, BUFFERS = knobs.chunk_blocks, knobs.z_buffers
-    ROWS = knobs.block_rows * 16
+    FOURS = knobs.tokens // 4 // LANES  # of tokens of a warp group: one instruction each
+    WINDOW = knobs.z_stages
+    ROWS = -(-knobs.block_rows // 4) * 64
     SUMS = ROWS + 8  # keeps the four tokens of a lane quad in different banks
-    WARPS = 4 * GROUPS
-    THREADS = WARPS * 32 + 128
-    CUTTERS = 96  # threads that turn bytes into bits
+    WARPS = 4 * TEAMS * LANES
+    COPIER = WARPS + TEAMS  # the warps between fill a ring each
+    CUTTER = COPIER + 1
+    THREADS = knobs.threads()
     SMEM = knobs.shared_bytes()
+    STAGE_WORDS = DEPTH * 4 * TILE_WORDS  # four row blocks, DEPTH tiles each
     BLOCK_BYTES = COLS * 256  # planes of 256 columns
+    PIECES = DEPTH * 2 * COLS // 32  # of a stage of z: what a warp cuts at a time
     # No swizzle; matrices of 8 columns x 128 bits in 128 bytes. The next 128 bits of K lie COLS * 16 bytes on, the next
     # eight columns, the next bit of the same four tokens, COLS * 32 bytes on.
     LAYOUT = (COLS << 16) | (2 * COLS << 32)
     MULTIPLY = "wgmma.mma_async.sync.aligned.m64n64k256.s32.b1.b1.and.popc"
 
-    def multiply(acc: Any, first: Any, operand: Any, z: Any, add: Any) -> Any:
+    def multiply(acc: Any, first: Any, operand: Any, at: Any, z: Any, add: Any) -> Any:
         results = [acc[first + i] for i in range(32)]
-        return T.ptx[MULTIPLY](*results, *(operand[q] for q in range(4)), z, add)
+        return T.ptx[MULTIPLY](*results, *(operand[at + q] for q in range(4)), z, add)
+
+    def load(operand: Any, at: Any, source: Any) -> Any:
+        return T.ptx[LOAD4](*(operand[at + q] for q in range(4)), source)
 
     @T.prim_func
     def function(
@@ -81,26 +92,26 @@ def sign_matmul_binary(symbol: str, knobs: BinaryKnobs) -> Any:
         bx = T.cta_id([grid])
         tx = T.thread_id([THREADS])
         pool = T.SMEMPool()
-        chunks = pool.alloc((BUFFERS * CHUNK * COLS * 64,), "uint32", align=128)
-        ring = pool.alloc((WARPS * RING * TILE_WORDS,), "uint32", align=16)
+        bits = pool.alloc((WINDOW * DEPTH * COLS * 64,), "uint32", align=128)
+        ring = pool.alloc((TEAMS * RING * STAGE_WORDS,), "uint32", align=16)
         sums = pool.alloc((knobs.tokens * SUMS,), "int32", align=16)
-        landed = pool.alloc((BUFFERS * CHUNK,), "uint64", align=16)
-        full = pool.alloc((BUFFERS * CHUNK,), "uint64", align=16)
-        empty = pool.alloc((BUFFERS,), "uint64", align=16)
+        landed = pool.alloc((WINDOW,), "uint64", align=16)  # bytes of z are there
+        full = pool.alloc((WINDOW,), "uint64", align=16)  # as bits
+        empty = pool.alloc((WINDOW,), "uint64", align=16)  # and no longer needed
+        filled = pool.alloc((TEAMS * RING,), "uint64", align=16)
+        free = pool.alloc((TEAMS * RING,), "uint64", align=16)
         total = pool.alloc((knobs.tokens,), "int32", align=16)
         token_scale = pool.alloc((knobs.tokens,), "float32", align=16)
         row_scale = pool.alloc((ROWS,), "float32", align=16)
         pool.commit(SMEM)
-        acc = T.alloc_local((QUADS * 32,), "uint32")
-        w = T.alloc_local((4,), "uint32")
-        a = T.alloc_local((4,), "uint32")
+        acc = T.alloc_local((FOURS * 32,), "uint32")
+        a = T.alloc_local((DEPTH * 4,), "uint32")
+        found = T.alloc_local((4,), "int32")
 
         lane: T.let[T.int32] = tx % 32
         warp: T.int32 = T.cuda.func_call(
             "liftc_uniform", tx // 32, source_code=group_device.UNIFORM, return_type="int32"
         )
-        group: T.int32 = warp // 4
-        part: T.int32 = warp % 4
         clusters: T.let[T.int32] = T.truncdiv(grid, SPLIT)
         cluster: T.let[T.int32] = T.truncdiv(bx, SPLIT)
         row0: T.int32 = T.truncdiv(cluster * NB, clusters)
@@ -108,252 +119,272 @@ def sign_matmul_binary(symbol: str, knobs: BinaryKnobs) -> Any:
         quads: T.int32 = (blocks + 3) // 4
         first: T.int32 = T.truncdiv(rank * KB, SPLIT)  # columns of this block, in blocks of 256
         width: T.int32 = T.truncdiv((rank + 1) * KB, SPLIT) - first
-        count: T.int32 = (width + CHUNK - 1) // CHUNK
-        chunk: T.int32 = T.max(
-            T.truncdiv(width + count - 1, T.max(count, 1)), 1
-        )  # equal chunks of at most CHUNK
-        count = T.truncdiv(width + chunk - 1, chunk)
-        base: T.let[T.int32] = ((row0 + part) * KB + first) * TILE_WORDS + lane * 4
-
-        ring_at: T.uint32 = T.cuda.cvta_generic_to_shared(
-            ring.ptr_to([T.min(warp, WARPS - 1) * (RING * TILE_WORDS) + lane * 4])
-        )
-        # In a cluster the upper bits of the address say which block's shared memory is meant.
-        z_begin: T.uint32 = T.cuda.cvta_generic_to_shared(chunks.ptr_to([0])) & T.uint32(0x3FFFF)
-        z_layout: T.uint64 = T.Cast("uint64", T.shift_right(z_begin, T.uint32(4))) | T.uint64(LAYOUT)
-
-        below: T.int32 = 4 * KB  # tiles from a row block to the one four below
-        # Prefetch cursor: steps left in this chunk, column block and quad of the next step, its word offset.
-        p_start: T.int32 = 0
-        p_len: T.int32 = T.min(chunk, width)
-        p_quad: T.int32 = group * (quads * p_len) // GROUPS
-        p_left: T.int32 = (group + 1) * (quads * p_len) // GROUPS - p_quad
-        p_col: T.int32 = T.truncmod(p_quad, T.max(p_len, 1))
-        p_quad = T.truncdiv(p_quad, T.max(p_len, 1))
-        p_off: T.int32 = base + (p_quad * 4 * KB + p_col) * TILE_WORDS
-        fill: T.int32 = 0
-        slot: T.int32 = 0
+        stages: T.int32 = (width + DEPTH - 1) // DEPTH  # of DEPTH blocks of columns, the last one shorter
+        chunks: T.int32 = (stages + WINDOW - 1) // WINDOW
+        chunk: T.int32 = T.truncdiv(
+            stages + chunks - 1, T.max(chunks, 1)
+        )  # stages that all rows take in turn
+        # A team's cursor: of every chunk, by row blocks of four and then by columns, it takes one run of stages.
+        team: T.int32 = T.if_then_else(warp < WARPS, warp // (4 * LANES), warp - WARPS)
+        begun: T.int32 = 0  # stages of the chunks begun
+        length: T.int32 = 0  # of this chunk
         step: T.int32 = 0
-        held: T.int32 = -1  # the quad whose sums the accumulators hold
-        more: T.int32 = 0  # whether the next products add to them
+        stop: T.int32 = 0
+        slot: T.int32 = 0
+        turn: T.int32 = 0  # how often the ring has come round
 
         @T.inline
-        def advance():
-            if p_left == 0:
-                while p_left == 0 and p_start + chunk < width:
-                    p_start = p_start + chunk
-                    p_len = T.min(chunk, width - p_start)
-                    p_quad = group * (quads * p_len) // GROUPS
-                    p_left = (group + 1) * (quads * p_len) // GROUPS - p_quad
-                    p_col = T.truncmod(p_quad, p_len)
-                    p_quad = T.truncdiv(p_quad, p_len)
-                    p_off = base + (p_quad * 4 * KB + p_start + p_col) * TILE_WORDS
+        def next_chunk():
+            length = T.min(chunk, stages - begun)
+            begun = begun + length
+            step = team * (quads * length) // TEAMS
+            stop = (team + 1) * (quads * length) // TEAMS
 
         @T.inline
-        def issue():
-            if p_left > 0:
-                if p_quad * 4 + part < blocks:
-                    T.ptx["cp.async.cg.shared.global"](
-                        ring_at + T.Cast("uint32", fill), tiles.ptr_to([0, 0, 0, p_off]), 16
-                    )
-                p_off = p_off + TILE_WORDS
-                p_left = p_left - 1
-                p_col = p_col + 1
-                if p_col == p_len:
-                    p_col = 0
-                    p_quad = p_quad + 1
-                    p_off = p_off + (below - p_len) * TILE_WORDS
-                advance()
-            T.ptx["cp.async.commit_group"]()
-            fill = T.Select(fill == (RING - 1) * TILE_BYTES, 0, fill + TILE_BYTES)
+        def next_slot():
+            step = step + 1
+            slot = slot + 1
+            if slot == RING:
+                slot = 0
+                turn = turn + 1
 
         @T.inline
-        def flush():
-            for n in T.unroll(QUADS):
-                for r in T.unroll(2):  # rows lane // 4 and 8 more
-                    high: T.uint32 = T.uint32(0) - acc[n * 32 + 28 + 2 * r]
-                    low: T.uint32 = T.uint32(0) - acc[n * 32 + 29 + 2 * r]
-                    for s in T.unroll(7):
-                        high = high * T.uint32(2) + acc[n * 32 + (6 - s) * 4 + 2 * r]
-                        low = low * T.uint32(2) + acc[n * 32 + (6 - s) * 4 + 2 * r + 1]
-                    if n * 4 + lane % 4 < m and held * 4 + part < blocks:
+        def fill():  # one stage: every lane below four has the tiles of its row block copied
+            quad: T.int32 = T.truncdiv(step, length)
+            col: T.int32 = (begun - length + step - quad * length) * DEPTH
+            many: T.int32 = T.min(DEPTH, width - col)
+            if lane == 0:
+                call.barrier_expect(
+                    filled.ptr_to([team * RING + slot]), many * T.min(4, blocks - quad * 4) * TILE_BYTES
+                )
+            if lane < 4 and quad * 4 + lane < blocks:
+                call.bulk_copy(
+                    ring.ptr_to([(team * RING + slot) * STAGE_WORDS + lane * (DEPTH * TILE_WORDS)]),
+                    tiles.ptr_to([row0 + quad * 4 + lane, first + col, 0, 0]),
+                    many * TILE_BYTES,
+                    filled.ptr_to([team * RING + slot]),
+                )
+            next_slot()
+
+        @T.inline
+        def copy_z(stage):  # every lane below the number of its blocks copies one
+            many: T.int32 = T.min(DEPTH, width - stage * DEPTH)
+            if lane == 0:
+                call.barrier_expect(landed.ptr_to([stage % WINDOW]), many * BLOCK_BYTES)
+            if lane < many:
+                call.bulk_copy(
+                    bits.ptr_to([(stage % WINDOW * DEPTH + lane) * (COLS * 64)]),
+                    planes.ptr_to([first + stage * DEPTH + lane, 0, 0, 0]),
+                    BLOCK_BYTES,
+                    landed.ptr_to([stage % WINDOW]),
+                )
+
+        if knobs.dependent_launch:
+            call.dependent_start()
+        if warp >= WARPS and warp < COPIER:
+            if lane < RING:
+                call.barrier_init(filled.ptr_to([team * RING + lane]), 1)
+                call.barrier_init(free.ptr_to([team * RING + lane]), 4 * LANES)
+            call.fence_init()
+            T.cuda.warp_sync()
+            for c in T.serial(chunks):
+                if turn == 0:
+                    next_chunk()
+                    while step < stop and turn == 0:
+                        fill()
+        if warp == COPIER:
+            if lane < WINDOW:
+                call.barrier_init(landed.ptr_to([lane]), 1)
+                call.barrier_init(full.ptr_to([lane]), PIECES)
+                call.barrier_init(empty.ptr_to([lane]), WARPS)
+            call.fence_init()
+            T.cuda.warp_sync()
+            if knobs.dependent_launch:
+                call.dependent_wait()
+            for i in T.serial(T.min(stages, WINDOW)):
+                copy_z(i)
+        for i in T.serial((m - warp + THREADS // 32 - 1) // (THREADS // 32)):
+            for j in T.serial((blocks * 16 - lane + 31) // 32):
+                sums[(i * (THREADS // 32) + warp) * SUMS + j * 32 + lane] = 0
+        top: T.int32 = T.truncdiv(rank * (blocks * 16), SPLIT)  # rows that this block finishes
+        rows: T.int32 = T.truncdiv((rank + 1) * (blocks * 16), SPLIT) - top
+        for i in T.serial((rows - tx + THREADS - 1) // THREADS):
+            if row0 * 16 + top + i * THREADS + tx < OC:
+                row_scale[i * THREADS + tx] = scale[row0 * 16 + top + i * THREADS + tx]
+        if tx < knobs.tokens:
+            total[tx] = 0
+        T.cuda.cta_sync()
+        if knobs.dependent_launch:
+            call.dependent_wait()
+
+        if warp < WARPS:
+            part: T.int32 = warp % 4
+            quarter: T.int32 = warp // 4 % LANES * FOURS  # first four tokens of this warp group
+            sums_at: T.int32 = (quarter * 4 + lane % 4) * SUMS + part * 16 + lane // 4
+            held: T.int32 = -1  # the row blocks of four whose sums the accumulators hold
+            more: T.int32 = 0  # whether the next products add to them
+            ring_at: T.uint32 = T.cuda.cvta_generic_to_shared(
+                ring.ptr_to([team * (RING * STAGE_WORDS) + part * (DEPTH * TILE_WORDS) + lane * 4])
+            )
+            # In a cluster the upper bits of the address say which block's shared memory is meant.
+            z_begin: T.uint32 = T.cuda.cvta_generic_to_shared(bits.ptr_to([0])) & T.uint32(0x3FFFF)
+            z_layout: T.uint64 = (
+                T.Cast("uint64", T.shift_right(z_begin, T.uint32(4))) | T.uint64(LAYOUT)
+            ) + T.Cast("uint64", quarter * 8)
+            last: T.int32 = -1  # the stage of z whose last product is in flight
+
+            @T.inline
+            def finish():  # of the products in flight
+                T.ptx["wgmma.wait_group.sync.aligned"](0)
+                if last >= 0 and lane == 0:
+                    call.barrier_signal(empty.ptr_to([last % WINDOW]))
+                last = -1
+
+            @T.inline
+            def flush():
+                for n in T.unroll(FOURS):
+                    for r in T.unroll(2):  # rows lane // 4 and 8 more
+                        high: T.uint32 = T.uint32(0) - acc[n * 32 + 28 + 2 * r]
+                        low: T.uint32 = T.uint32(0) - acc[n * 32 + 29 + 2 * r]
+                        for s in T.unroll(7):
+                            high = high * T.uint32(2) + acc[n * 32 + (6 - s) * 4 + 2 * r]
+                            low = low * T.uint32(2) + acc[n * 32 + (6 - s) * 4 + 2 * r + 1]
+                        # Sums of other tokens and of rows past the last are garbage too.
                         T.ptx["red.shared.add.u32"](
-                            sums.ptr_to(
-                                [(n * 4 + lane % 4) * SUMS + (held * 4 + part) * 16 + r * 8 + lane // 4]
-                            ),
+                            sums.ptr_to([sums_at + held * 64 + n * (4 * SUMS) + r * 8]),
                             high * T.uint32(256) + low,
                         )
 
-        if knobs.dependent_launch:
-            T.cuda.func_call("liftc_dependent_start", source_code=device.DEPENDENT_START)
-        if warp < WARPS:
-            advance()
-            for i in T.serial(RING - 1):
-                issue()
-        for i in T.serial((knobs.tokens * SUMS + THREADS - 1) // THREADS):
-            if i * THREADS + tx < knobs.tokens * SUMS:
-                sums[i * THREADS + tx] = 0
-        begin: T.int32 = T.truncdiv(rank * (blocks * 16), SPLIT)  # rows that this block finishes
-        end: T.int32 = T.truncdiv((rank + 1) * (blocks * 16), SPLIT)
-        for i in T.serial((end - begin - tx + THREADS - 1) // THREADS):
-            if row0 * 16 + begin + i * THREADS + tx < OC:
-                row_scale[i * THREADS + tx] = scale[row0 * 16 + begin + i * THREADS + tx]
-        if tx < knobs.tokens:
-            total[tx] = 0
-        if tx == THREADS - 1:
-            for i in T.serial(BUFFERS * CHUNK):
-                T.cuda.func_call("liftc_barrier_init", landed.ptr_to([i]), 1, source_code=device.BARRIER_INIT)
-                T.cuda.func_call(
-                    "liftc_barrier_init", full.ptr_to([i]), 2 * COLS, source_code=device.BARRIER_INIT
-                )
-            for i in T.serial(BUFFERS):
-                T.cuda.func_call(
-                    "liftc_barrier_init", empty.ptr_to([i]), WARPS, source_code=device.BARRIER_INIT
-                )
-            T.cuda.func_call("liftc_fence_init", source_code=group_device.FENCE_INIT)
-        T.cuda.cta_sync()
-        if knobs.dependent_launch:
-            T.cuda.func_call("liftc_dependent_wait", source_code=device.DEPENDENT_WAIT)
-
-        if warp == WARPS:
-            if lane == 0:
-                for c in T.serial(count):
-                    if c >= BUFFERS:
-                        T.cuda.func_call(
-                            "liftc_barrier_await",
-                            empty.ptr_to([c % BUFFERS]),
-                            (c // BUFFERS + 1) % 2,
-                            source_code=group_device.BARRIER_AWAIT,
-                        )
-                    for i in T.serial(T.min(chunk, width - c * chunk)):
-                        at: T.int32 = c % BUFFERS * CHUNK + i
-                        T.cuda.func_call(
-                            "liftc_barrier_expect",
-                            landed.ptr_to([at]),
-                            BLOCK_BYTES,
-                            source_code=group_device.BARRIER_EXPECT,
-                        )
-                        T.cuda.func_call(
-                            "liftc_bulk_copy",
-                            chunks.ptr_to([at * (COLS * 64)]),
-                            planes.ptr_to([first + c * chunk + i, 0, 0, 0]),
-                            BLOCK_BYTES,
-                            landed.ptr_to([at]),
-                            source_code=group_device.BULK_COPY,
-                        )
-        elif warp > WARPS:
-            for c in T.serial(count):
-                # One thread for 256 columns of one byte of one token, halved: eight vectors of each.
-                tasks: T.int32 = T.min(chunk, width - c * chunk) * (2 * COLS)
-                for i in T.serial((tasks - (tx - WARPS * 32 - 32) + CUTTERS - 1) // CUTTERS):
-                    task: T.int32 = i * CUTTERS + tx - WARPS * 32 - 32
-                    place: T.int32 = c % BUFFERS * CHUNK + task // (2 * COLS)
-                    offset: T.int32 = place * (COLS * 64) + task % (2 * COLS) * 4
-                    T.cuda.func_call(
-                        "liftc_barrier_await",
-                        landed.ptr_to([place]),
-                        c // BUFFERS % 2,
-                        source_code=group_device.BARRIER_AWAIT,
-                    )
-                    T.cuda.func_call(
-                        "liftc_bits_of_bytes",
-                        chunks.ptr_to([offset]),
-                        2 * COLS,
-                        source_code=group_device.BITS_OF_BYTES,
-                    )
-                    T.cuda.func_call("liftc_fence_shared", source_code=group_device.FENCE_SHARED)
-                    T.cuda.func_call(
-                        "liftc_barrier_signal",
-                        full.ptr_to([place]),
-                        source_code=group_device.BARRIER_SIGNAL,
-                    )
-        else:
             for i in T.serial((m - warp + WARPS - 1) // WARPS):  # sums of z and scales, while z is on its way
                 token: T.int32 = i * WARPS + warp
                 piece: T.int32 = 0
                 for q in T.serial((P - lane + 31) // 32):
-                    piece = piece + T.cuda.func_call(
-                        "liftc_load_word", totals.ptr_to([q * 32 + lane, token]),
-                        source_code=device.LOAD_WORD, return_type="int32",
-                    )  # fmt: skip
+                    piece = piece + call.load_word(totals.ptr_to([q * 32 + lane, token]))
                 T.cuda.func_call(
                     "liftc_warp_add", total.ptr_to([token]), piece, lane, source_code=device.WARP_ADD
                 )
                 if lane == 0:
-                    token_scale[token] = T.reinterpret(
-                        "float32",
-                        T.cuda.func_call(
-                            "liftc_load_word", z_scale.ptr_to([token, 0]),
-                            source_code=device.LOAD_WORD, return_type="int32",
-                        ),
-                    )  # fmt: skip
-            for c in T.serial(count):
-                length: T.int32 = T.min(chunk, width - c * chunk)
-                step = group * (quads * length) // GROUPS
-                stop: T.int32 = (group + 1) * (quads * length) // GROUPS
+                    token_scale[token] = T.reinterpret("float32", call.load_word(z_scale.ptr_to([token, 0])))
+            for c in T.serial(chunks):
+                next_chunk()
+                reached: T.int32 = stop - length  # from here on a stage of z is used for the last time
+                quad: T.int32 = T.truncdiv(step, length)
+                col: T.int32 = step - quad * length
                 while step < stop:
-                    quad: T.int32 = T.truncdiv(step, length)
-                    col: T.int32 = step - quad * length
-                    run: T.int32 = T.min(length - col, stop - step)
+                    stage: T.int32 = begun - length + col
+                    many: T.int32 = T.min(DEPTH, width - stage * DEPTH)
+                    z_at: T.uint64 = z_layout + T.Cast("uint64", stage % WINDOW * (DEPTH * BLOCK_BYTES // 16))
+                    w_at: T.uint32 = ring_at + T.Cast("uint32", slot * (STAGE_WORDS * 4))
+                    call.barrier_await(full.ptr_to([stage % WINDOW]), stage // WINDOW % 2)
+                    call.barrier_await(filled.ptr_to([team * RING + slot]), turn % 2)
+                    finish()
                     if quad != held:
                         if held >= 0:
                             flush()
                         held = quad
                         more = 0
-                    for i in T.serial(run):
-                        here: T.int32 = c % BUFFERS * CHUNK + col + i
-                        T.cuda.func_call(
-                            "liftc_barrier_await",
-                            full.ptr_to([here]),
-                            c // BUFFERS % 2,
-                            source_code=group_device.BARRIER_AWAIT,
-                        )
-                        T.ptx["cp.async.wait_group"](RING - 2)
-                        T.ptx[LOAD4](w[0], w[1], w[2], w[3], ring_at + T.Cast("uint32", slot))
-                        slot = T.Select(slot == (RING - 1) * TILE_BYTES, 0, slot + TILE_BYTES)
-                        issue()
-                        z_at: T.uint64 = z_layout + T.Cast("uint64", here * (BLOCK_BYTES // 16))
-                        T.ptx["wgmma.wait_group.sync.aligned"](0)
-                        for q in T.unroll(4):  # volatile, so that operands are complete at the fence
-                            T.ptx["or.b32"](a[q], w[q], T.uint32(0))
+                    if many == DEPTH:
+                        for i in T.unroll(DEPTH):
+                            load(a, i * 4, w_at + T.uint32(i * TILE_BYTES))
                         T.ptx["wgmma.fence.sync.aligned"]()
-                        for n in T.unroll(QUADS):
-                            multiply(acc, n * 32, a, z_at + T.Cast("uint64", n * 8), more > 0)
+                        for i in T.unroll(DEPTH):
+                            for n in T.unroll(FOURS):
+                                multiply(
+                                    acc,
+                                    n * 32,
+                                    a,
+                                    i * 4,
+                                    z_at + T.uint64(i * (BLOCK_BYTES // 16) + n * 8),
+                                    T.Or(i > 0, more > 0),
+                                )
                         T.ptx["wgmma.commit_group.sync.aligned"]()
-                        more = 1
-                    T.ptx["wgmma.wait_group.sync.aligned"](0)
-                    step = step + run
-                if lane == 0:
-                    T.cuda.func_call(
-                        "liftc_barrier_signal",
-                        empty.ptr_to([c % BUFFERS]),
-                        source_code=group_device.BARRIER_SIGNAL,
-                    )
+                    else:
+                        for i in T.serial(many):
+                            T.ptx["wgmma.wait_group.sync.aligned"](0)
+                            load(a, 0, w_at + T.Cast("uint32", i * TILE_BYTES))
+                            T.ptx["wgmma.fence.sync.aligned"]()
+                            for n in T.unroll(FOURS):
+                                multiply(
+                                    acc,
+                                    n * 32,
+                                    a,
+                                    0,
+                                    z_at + T.Cast("uint64", i * (BLOCK_BYTES // 16) + n * 8),
+                                    T.Or(i > 0, more > 0),
+                                )
+                            T.ptx["wgmma.commit_group.sync.aligned"]()
+                    more = 1
+                    if lane == 0:
+                        call.barrier_signal(free.ptr_to([team * RING + slot]))
+                    if step >= reached:
+                        last = stage
+                    col = col + 1
+                    if col == length:
+                        col = 0
+                        quad = quad + 1
+                    next_slot()
+                finish()
+                begin: T.int32 = team * (quads * length) // TEAMS
+                for i in T.serial(length - T.min(length, stop - begin)):
+                    # Stages of z that this team has no rows for: its turn with them is over, too.
+                    other: T.int32 = begun - length + T.truncmod(stop + i, length)
+                    call.barrier_await(full.ptr_to([other % WINDOW]), other // WINDOW % 2)
+                    if lane == 0:
+                        call.barrier_signal(empty.ptr_to([other % WINDOW]))
             if held >= 0:
                 flush()
+        elif warp < COPIER:
+            while step < stop or begun < stages:
+                if step == stop:
+                    next_chunk()
+                while step < stop:
+                    if lane < 4:
+                        call.barrier_await(free.ptr_to([team * RING + slot]), (turn + 1) % 2)
+                    fill()
+        elif warp == COPIER:
+            for i in T.serial(stages - WINDOW):
+                call.barrier_await(empty.ptr_to([i % WINDOW]), i // WINDOW % 2)
+                copy_z(i + WINDOW)
+        else:
+            for i in T.serial((stages * PIECES - (warp - CUTTER) + knobs.cutters - 1) // knobs.cutters):
+                stage2: T.int32 = (i * knobs.cutters + warp - CUTTER) // PIECES
+                place: T.int32 = stage2 % WINDOW
+                # A thread has 256 columns of one byte of one token, halved: eight vectors of each.
+                task: T.int32 = (i * knobs.cutters + warp - CUTTER) % PIECES * 32 + lane
+                call.barrier_await(landed.ptr_to([place]), stage2 // WINDOW % 2)
+                if stage2 * DEPTH + task // (2 * COLS) < width:
+                    at: T.int32 = (place * DEPTH + task // (2 * COLS)) * (COLS * 64)
+                    call.bits_of_bytes(bits.ptr_to([at + task % (2 * COLS) * 4]), 2 * COLS)
+                    call.fence_shared()
+                T.cuda.warp_sync()
+                if lane == 0:
+                    call.barrier_signal(full.ptr_to([place]))
         if SPLIT > 1:
-            T.cuda.func_call("liftc_cluster_sync", source_code=group_device.CLUSTER_SYNC)
+            call.cluster_sync()
         else:
             T.cuda.cta_sync()
-        for token2 in T.serial(m):
-            for i in T.serial((end - begin - tx + THREADS - 1) // THREADS):
-                row: T.int32 = begin + i * THREADS + tx
-                if row0 * 16 + row < OC:
-                    value: T.int32 = sums[token2 * SUMS + row]
-                    for other in T.unroll(SPLIT - 1):
-                        value = value + T.cuda.func_call(
-                            "liftc_load_peer", sums.ptr_to([token2 * SUMS + row]), (rank + 1 + other) % SPLIT,
-                            source_code=group_device.LOAD_PEER, return_type="int32",
-                        )  # fmt: skip
+        results: T.int32 = m * rows
+        for i in T.serial((results - tx + 4 * THREADS - 1) // (4 * THREADS)):
+            for j in T.unroll(4):
+                place2: T.int32 = T.min((i * 4 + j) * THREADS + tx, results - 1)
+                at2: T.int32 = place2 // rows * SUMS + top + place2 % rows
+                found[j] = sums[at2]
+                for other in T.unroll(SPLIT - 1):
+                    found[j] = found[j] + call.load_peer(sums.ptr_to([at2]), (rank + 1 + other) % SPLIT)
+            for j in T.unroll(4):
+                place3: T.int32 = (i * 4 + j) * THREADS + tx
+                token3: T.int32 = place3 // rows
+                row: T.int32 = place3 - token3 * rows
+                if place3 < results and row0 * 16 + top + row < OC:
                     T.cuda.func_call(
                         "liftc_store_y",
-                        y.ptr_to([0]), T.Cast("int64", token2) * OC + (row0 * 16 + row), kind, value,
-                        total[token2], token_scale[token2], row_scale[row - begin],
+                        y.ptr_to([0]), T.Cast("int64", token3) * OC + (row0 * 16 + top + row), kind, found[j],
+                        total[token3], token_scale[token3], row_scale[row],
                         source_code=device.STORE_Y,
                     )  # fmt: skip
         if SPLIT > 1:
             # Nobody leaves while its sums are read.
-            T.cuda.func_call("liftc_cluster_sync", source_code=group_device.CLUSTER_SYNC)
+            call.cluster_leave()
 
     if knobs.dependent_launch:
         function = function.with_attr("tirx.kernel_launch_params", ["tirx.use_programtic_dependent_launch"])

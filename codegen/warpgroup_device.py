@@ -60,6 +60,13 @@ __device__ __forceinline__ int liftc_load_peer(const void* at, int rank) {
 """
 """A word of the shared memory of block `rank` of the cluster, at the place where this block has `at`."""
 
+CLUSTER_LEAVE = r"""
+__device__ __forceinline__ void liftc_cluster_leave() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\n\tbarrier.cluster.wait.aligned;" ::: "memory");
+}
+"""
+"""A barrier of all threads of the cluster that makes nothing visible: each has read what it wanted of the others."""
+
 CLUSTER_SYNC = r"""
 __device__ __forceinline__ void liftc_cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
@@ -73,16 +80,25 @@ __device__ __forceinline__ void liftc_fence_shared() { asm volatile("fence.proxy
 """Lets the tensor cores see what this thread has written to shared memory."""
 
 BITS_OF_BYTES = r"""
+__device__ __forceinline__ unsigned liftc_choose(unsigned a, unsigned b, unsigned mask) {
+#ifdef __CUDA_ARCH__
+  unsigned chosen;  // one instruction, which the compiler does not find
+  asm("lop3.b32 %0, %1, %2, %3, 0xe4;" : "=r"(chosen) : "r"(a), "r"(b), "r"(mask));
+  return chosen;
+#else
+  return (a & mask) | (b & ~mask);
+#endif
+}
 __device__ __forceinline__ void liftc_bits_of_bytes(void* at, int apart) {
   uint4* rows = static_cast<uint4*>(at);
   uint4 v[8];
 #pragma unroll
   for (int j = 0; j < 8; ++j) v[j] = rows[j * apart];
-  auto turn = [&](int i, int k, int shift, unsigned mask) {
+  auto turn = [&](int i, int k, int shift, unsigned low) {  // the high bits of v[i] for the low ones of v[k]
     auto one = [&](unsigned& a, unsigned& b) {
-      const unsigned t = ((a >> shift) ^ b) & mask;
-      b ^= t;
-      a ^= t << shift;
+      const unsigned up = b << shift, down = a >> shift;
+      a = liftc_choose(a, up, low);
+      b = liftc_choose(down, b, low);
     };
     one(v[i].x, v[k].x), one(v[i].y, v[k].y), one(v[i].z, v[k].z), one(v[i].w, v[k].w);
   };

@@ -7,7 +7,7 @@ static uint32_t window_of_block();
 #include "cuda_warp_emulator.h"
 
 namespace group {
-struct Product { uint32_t* d[32]; int results; uint32_t a[4][4]; uint64_t z; bool add, binary; };
+struct Product { uint32_t* d[32]; uint32_t a[4][4]; uint64_t z; bool add; };
 struct Queue { std::vector<Product> open; std::deque<std::vector<Product>> groups; };
 struct Bulk { void* to; const void* from; int bytes; };
 static std::map<int, Queue> queues;
@@ -16,35 +16,28 @@ static std::map<void*, long> expected;             // bytes, by barrier
 static std::map<int, block::Meeting> clusters;
 static int split = 1;
 
-// PTX ISA: fragments of wgmma.m64nNk32 and, in bits, of m64nNk256; shared memory without swizzle in matrices of 8 x 16 bytes, K-major.
+// PTX ISA: fragments of wgmma.m64n64k256; shared memory without swizzle in matrices of 8 x 16 bytes, K-major.
 inline void compute(const Product& p) {
   int lane = block::current % 32;
   uint32_t start = (p.z & 0x3FFF) << 4, along_k = (p.z >> 16 & 0x3FFF) << 4, along_n = (p.z >> 32 & 0x3FFF) << 4;
-  for (int q = 0; q < p.results; ++q) {
+  for (int q = 0; q < 32; ++q) {
     int row = q % 4 / 2, column = q / 4 * 8 + lane % 4 * 2 + q % 2;
     uint32_t sum = p.add ? *p.d[q] : 0;
-    for (int k = 0; p.binary && k < 256; k += 32) {
+    for (int k = 0; k < 256; k += 32) {
       uint32_t bits;
       std::memcpy(&bits, pool_buf_ptr + start + column / 8 * along_n + k / 128 * along_k + column % 8 * 16 + k % 128 / 8, 4);
       sum += __builtin_popcount(p.a[k / 32 % 4][row + k / 128 * 2] & bits);
     }
-    for (int k = 0; !p.binary && k < 32; ++k) {
-      uint32_t av = p.a[k % 16 / 4][row + k / 16 * 2] >> (k % 4 * 8) & 255;
-      int8_t bv;
-      std::memcpy(&bv, pool_buf_ptr + start + column / 8 * along_n + k / 16 * along_k + column % 8 * 16 + k % 16, 1);
-      sum += uint32_t(int(av) * bv);
-    }
     *p.d[q] = sum;
   }
 }
-inline void multiply(std::vector<uint32_t*> d, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t z, bool add,
-                     bool binary = false) {
+inline void multiply(std::vector<uint32_t*> d, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t z, bool add) {
   int w = block::current / 32, lane = block::current % 32;
   uint32_t mine[4] = {a0, a1, a2, a3};
   std::memcpy(warp::a[w][lane], mine, 16);
   block::meet(block::warps[w]);
   Product p;
-  p.results = int(d.size()), p.z = z, p.add = add, p.binary = binary;
+  p.z = z, p.add = add;
   std::copy(d.begin(), d.end(), p.d);
   for (int from = 0; from < 4; ++from) std::memcpy(p.a[from], warp::a[w][lane / 4 * 4 + from], 16);
   block::meet(block::warps[w]);
@@ -77,21 +70,13 @@ inline int rank() { return blockIdx.x % split; }
 }  // namespace group
 static uint32_t window_of_block() { return uint32_t(group::rank()) << 24; }
 
-#define WGMMA_NAME(n) tvm_builtin_ptx_wgmma_int_rs_mma_async_sync_aligned_m64n##n##k32_s32_u8_s8
 #define FOUR(x) uint32_t &x##0, uint32_t &x##1, uint32_t &x##2, uint32_t &x##3
 #define FOUR_AT(x) &x##0, &x##1, &x##2, &x##3
 #define OPERANDS uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t z, uint32_t add
-inline void WGMMA_NAME(8)(FOUR(c), OPERANDS) { group::multiply({FOUR_AT(c)}, a0, a1, a2, a3, z, add); }
-inline void WGMMA_NAME(16)(FOUR(c), FOUR(d), OPERANDS) {
-  group::multiply({FOUR_AT(c), FOUR_AT(d)}, a0, a1, a2, a3, z, add);
-}
-inline void WGMMA_NAME(32)(FOUR(c), FOUR(d), FOUR(e), FOUR(f), OPERANDS) {
-  group::multiply({FOUR_AT(c), FOUR_AT(d), FOUR_AT(e), FOUR_AT(f)}, a0, a1, a2, a3, z, add);
-}
 #define SIXTEEN(x) FOUR(x##0), FOUR(x##1), FOUR(x##2), FOUR(x##3)
 #define SIXTEEN_AT(x) FOUR_AT(x##0), FOUR_AT(x##1), FOUR_AT(x##2), FOUR_AT(x##3)
 inline void tvm_builtin_ptx_wgmma_b1_rs_mma_async_sync_aligned_m64n64k256_s32_b1_b1_and_popc(SIXTEEN(c), SIXTEEN(d), OPERANDS) {
-  group::multiply({SIXTEEN_AT(c), SIXTEEN_AT(d)}, a0, a1, a2, a3, z, add, true);
+  group::multiply({SIXTEEN_AT(c), SIXTEEN_AT(d)}, a0, a1, a2, a3, z, add);
 }
 inline void tvm_builtin_ptx_wgmma_fence_fence_sync_aligned() {}
 inline void tvm_builtin_ptx_wgmma_commit_group_commit_group_sync_aligned() {
@@ -100,14 +85,11 @@ inline void tvm_builtin_ptx_wgmma_commit_group_commit_group_sync_aligned() {
   queue.open.clear();
 }
 inline void tvm_builtin_ptx_wgmma_wait_group_wait_group_sync_aligned_0() { group::wait(0); }
-inline void tvm_builtin_ptx_wgmma_wait_group_wait_group_sync_aligned_1() { group::wait(1); }
-inline void tvm_builtin_ptx_and_b32(uint32_t& d, uint32_t a, uint32_t b) { d = a & b; }
-inline void tvm_builtin_ptx_or_b32(uint32_t& d, uint32_t a, uint32_t b) { d = a | b; }
-inline void tvm_builtin_ptx_shr_b32(uint32_t& d, uint32_t a, uint32_t b) { d = b < 32 ? a >> b : 0; }
 inline uint32_t tvm_builtin_cluster_ctaid_x() { return group::rank(); }
 
 struct uint4 { uint32_t x, y, z, w; };
 inline void liftc_fence_shared() {}
+inline void tvm_builtin_cuda_warp_sync() { block::meet(block::warps[block::current / 32]); }
 inline int liftc_uniform(int value) { return value; }
 inline void liftc_fence_init() {}
 inline void liftc_barrier_expect(void* at, int bytes) {
@@ -141,6 +123,7 @@ inline void liftc_cluster_sync() {
   meeting.size = size * group::split;
   block::meet(meeting);
 }
+inline void liftc_cluster_leave() { liftc_cluster_sync(); }
 inline int liftc_load_peer(const void* at, int rank) {
   int mine = block::current / block::block_threads;
   const uchar* peer = reinterpret_cast<uchar*>(pools[mine - group::rank() + rank].data());

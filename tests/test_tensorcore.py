@@ -23,10 +23,10 @@ pytest.importorskip("tvm", reason="kernels are built with TVM")
 from liftc.codegen import library, tensorcore_device, tensorcore_split, toolchain
 from liftc.codegen.build_cuda import compile_flags, tirx_source
 from liftc.codegen.knobs import (
+    BINARY_KNOBS,
     LIFT_KNOBS,
     SHARED_BYTES,
     TENSOR_CORE_KNOBS,
-    WARPGROUP_KNOBS,
     TensorCoreKnobs,
     chip_family,
 )
@@ -124,7 +124,7 @@ def test_every_llama_70b_layer_launches(family: str) -> None:
         assert knobs.shared_bytes() <= SHARED_BYTES[family]
     for lift in LIFT_KNOBS[family]:
         assert lift.shared_bytes() <= SHARED_BYTES[family]
-    groups = WARPGROUP_KNOBS.get(family, ())
+    groups = BINARY_KNOBS.get(family, ())
     for group in groups:
         assert group.shared_bytes() <= SHARED_BYTES[family]
     assert [k.tokens for k in (*TENSOR_CORE_KNOBS[family], *groups)] == [1, 4, 8, 16]

@@ -10,7 +10,7 @@ from liftc.errors import LiftcError
 from liftc.kernel_records import Record, chain_shapes
 
 SUFFIXES = (".png", ".svg", ".pdf")
-_KERNELS = {"lift+sign_matmul": "o", "sign_matmul": "x", "sign_matmul_tiled": "x", "sign_matmul_warpgroup": "+",
+_KERNELS = {"lift+sign_matmul": "o", "sign_matmul": "x", "sign_matmul_tiled": "x", "sign_matmul_binary": "+",
             "lifted_linear": "D", "cublas.bfloat16": "s", "cublas.float16": "s", "torch.linear.float32": "s",
             "torch.int4": "^", "gemlite.int2": "v"}  # fmt: skip
 

@@ -1,0 +1,82 @@
+"""Calls of the device functions in codegen/warpgroup_device.py, to be written inside a TIRx function."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm.script import tirx as T
+
+from liftc.codegen import tensorcore_device as device
+from liftc.codegen import warpgroup_device as group_device
+
+
+def barrier_init(barrier: Any, arrivals: Any) -> Any:
+    """Make a barrier whose phases take so many arrivals."""
+    return T.cuda.func_call("liftc_barrier_init", barrier, arrivals, source_code=device.BARRIER_INIT)
+
+
+def fence_init() -> Any:
+    """Show the barriers made to the copy engine."""
+    return T.cuda.func_call("liftc_fence_init", source_code=group_device.FENCE_INIT)
+
+
+def barrier_expect(barrier: Any, count: Any) -> Any:
+    """Arrive, and keep the phase open until so many bytes have been copied."""
+    return T.cuda.func_call("liftc_barrier_expect", barrier, count, source_code=group_device.BARRIER_EXPECT)
+
+
+def barrier_signal(barrier: Any) -> Any:
+    """Arrive."""
+    return T.cuda.func_call("liftc_barrier_signal", barrier, source_code=group_device.BARRIER_SIGNAL)
+
+
+def barrier_await(barrier: Any, parity: Any) -> Any:
+    """Wait until the phase of this parity is over."""
+    return T.cuda.func_call("liftc_barrier_await", barrier, parity, source_code=group_device.BARRIER_AWAIT)
+
+
+def bulk_copy(to: Any, source: Any, count: Any, barrier: Any) -> Any:
+    """One thread copies `count` bytes, a multiple of 16, into shared memory; the barrier counts them."""
+    return T.cuda.func_call("liftc_bulk_copy", to, source, count, barrier, source_code=group_device.BULK_COPY)
+
+
+def bits_of_bytes(at: Any, apart: Any) -> Any:
+    """Turn eight vectors of bytes into bits where they lie."""
+    return T.cuda.func_call("liftc_bits_of_bytes", at, apart, source_code=group_device.BITS_OF_BYTES)
+
+
+def fence_shared() -> Any:
+    """Let the tensor cores see what this thread has written to shared memory."""
+    return T.cuda.func_call("liftc_fence_shared", source_code=group_device.FENCE_SHARED)
+
+
+def cluster_sync() -> Any:
+    """A barrier of all threads of the cluster, after which they see each other's shared memory."""
+    return T.cuda.func_call("liftc_cluster_sync", source_code=group_device.CLUSTER_SYNC)
+
+
+def cluster_leave() -> Any:
+    """A barrier of all threads of the cluster that makes nothing visible."""
+    return T.cuda.func_call("liftc_cluster_leave", source_code=group_device.CLUSTER_LEAVE)
+
+
+def load_peer(at: Any, rank: Any) -> Any:
+    """int32 of the shared memory of block `rank` of the cluster, where this block has `at`."""
+    return T.cuda.func_call(
+        "liftc_load_peer", at, rank, source_code=group_device.LOAD_PEER, return_type="int32"
+    )
+
+
+def load_word(at: Any) -> Any:
+    """int32 that the kernel before wrote, from L2."""
+    return T.cuda.func_call("liftc_load_word", at, source_code=device.LOAD_WORD, return_type="int32")
+
+
+def dependent_start() -> Any:
+    """Let the next kernel start as soon as there is room for it."""
+    return T.cuda.func_call("liftc_dependent_start", source_code=device.DEPENDENT_START)
+
+
+def dependent_wait() -> Any:
+    """Wait until everything the kernels before wrote is visible."""
+    return T.cuda.func_call("liftc_dependent_wait", source_code=device.DEPENDENT_WAIT)
