@@ -35,8 +35,8 @@ def whiten(symbol: str, dtype: str, short: str, left_tiles: int, right_tiles: in
 
     x `dtype` (m, IC), in_scale f32 (IC,) or (1,) for none, left_words int32 (n1, n1, 32, 4), right_words int32
     (nj, n2, 32, 4) and factor f32 (1,) of runtime/whiten.py, out `dtype` (m, t1 t2), then t2, times, the number of
-    tokens that a block takes (it must have room for them), and the number of blocks. IC and t2 are multiples of 8;
-    n1 <= left_tiles and n2 <= right_tiles.
+    tokens that a block takes (at most WARPS / n2, and it must have room for them), and the number of blocks. IC and
+    t2 are multiples of 8; n1 <= left_tiles and n2 <= right_tiles.
     """
     THREADS = WARPS * 32
     ROOM = shared_bytes(left_tiles, right_tiles) - WARPS * 4
@@ -138,63 +138,62 @@ def whiten(symbol: str, dtype: str, short: str, left_tiles: int, right_tiles: in
                         values[base + i0 * stride + j0 // 2 + e] = w[e]
         T.cuda.cta_sync()
         values_at: T.uint32 = T.cuda.cvta_generic_to_shared(values.ptr_to([base + g * stride + t * 4]))
-        if token < m and slot < together:
+        # a token has at least as many warps as columns of tiles
+        if token < m and slot < together and member < nj:
             up: T.float32 = T.reinterpret("float32", T.shift_left(exponent, 23)) * factor[0] * times
-            for jj in T.serial((nj - member + team - 1) // team):
-                j: T.int32 = jj * team + member
-                for q in T.unroll(right_tiles):
-                    if q < n2:
-                        T.cuda.func_call(
-                            "liftc_load_tile", right.ptr_to([j, q, lane, 0]), r.ptr_to([q * 4]),
-                            source_code=tile_device.LOAD_TILE,
-                        )  # fmt: skip
-                for s in T.unroll(left_tiles):
-                    if s < n1:
-                        for q in T.unroll(8):
-                            acc[q] = T.float32(0)
-                        for q in T.unroll(right_tiles // 2):
-                            if q * 2 < n2:
-                                for h in T.unroll(2):
-                                    T.ptx[LOAD4](
-                                        w[0], w[1], w[2], w[3],
-                                        values_at + T.Cast("uint32", ((s * 16 + h * 8) * stride + q * 16) * 4),
-                                    )  # fmt: skip
-                                    for e in T.unroll(2):
-                                        T.ptx[MMA](
-                                            acc[h * 4], acc[h * 4 + 1], acc[h * 4 + 2], acc[h * 4 + 3],
-                                            r[q * 8 + e * 4], r[q * 8 + e * 4 + 1], r[q * 8 + e * 4 + 2],
-                                            r[q * 8 + e * 4 + 3], w[e * 2], w[e * 2 + 1],
-                                            acc[h * 4], acc[h * 4 + 1], acc[h * 4 + 2], acc[h * 4 + 3],
-                                        )  # fmt: skip
-                        for e in T.unroll(2):
-                            for h in T.unroll(2):
-                                u[s * 4 + e * 2 + h] = T.cuda.func_call(
-                                    "liftc_two_f16", acc[h * 4 + e * 2], acc[h * 4 + e * 2 + 1],
-                                    source_code=tile_device.WHITEN, return_type="uint32",
-                                )  # fmt: skip
-                for ib in T.serial(n1):
+            for q in T.unroll(right_tiles):
+                if q < n2:
+                    T.cuda.func_call(
+                        "liftc_load_tile", right.ptr_to([member, q, lane, 0]), r.ptr_to([q * 4]),
+                        source_code=tile_device.LOAD_TILE,
+                    )  # fmt: skip
+            for s in T.unroll(left_tiles):
+                if s < n1:
                     for q in T.unroll(8):
                         acc[q] = T.float32(0)
-                    for s in T.unroll(left_tiles):
-                        if s < n1:
-                            T.cuda.func_call(
-                                "liftc_load_tile", left.ptr_to([ib, s, lane, 0]), a.ptr_to([0]),
-                                source_code=tile_device.LOAD_TILE,
-                            )  # fmt: skip
-                            for e in T.unroll(2):
-                                T.ptx[MMA](
-                                    acc[e * 4], acc[e * 4 + 1], acc[e * 4 + 2], acc[e * 4 + 3],
-                                    a[0], a[1], a[2], a[3], u[s * 4 + e * 2], u[s * 4 + e * 2 + 1],
-                                    acc[e * 4], acc[e * 4 + 1], acc[e * 4 + 2], acc[e * 4 + 3],
+                    for q in T.unroll(right_tiles // 2):
+                        if q * 2 < n2:
+                            for h in T.unroll(2):
+                                T.ptx[LOAD4](
+                                    w[0], w[1], w[2], w[3],
+                                    values_at + T.Cast("uint32", ((s * 16 + h * 8) * stride + q * 16) * 4),
                                 )  # fmt: skip
-                    for h in T.unroll(2):
-                        row: T.int32 = ib * 16 + h * 8 + g
-                        if row < t1 and j * 16 + t * 4 < t2:
-                            T.cuda.func_call(
-                                f"liftc_store_four_{short}", out.ptr_to([0, 0]),
-                                T.Cast("int64", token) * P + (row * t2 + j * 16 + t * 4), up,
-                                acc[h * 2], acc[h * 2 + 1], acc[4 + h * 2], acc[4 + h * 2 + 1],
-                                source_code=tile_device.WHITEN,
+                                for e in T.unroll(2):
+                                    T.ptx[MMA](
+                                        acc[h * 4], acc[h * 4 + 1], acc[h * 4 + 2], acc[h * 4 + 3],
+                                        r[q * 8 + e * 4], r[q * 8 + e * 4 + 1], r[q * 8 + e * 4 + 2],
+                                        r[q * 8 + e * 4 + 3], w[e * 2], w[e * 2 + 1],
+                                        acc[h * 4], acc[h * 4 + 1], acc[h * 4 + 2], acc[h * 4 + 3],
+                                    )  # fmt: skip
+                    for e in T.unroll(2):
+                        for h in T.unroll(2):
+                            u[s * 4 + e * 2 + h] = T.cuda.func_call(
+                                "liftc_two_f16", acc[h * 4 + e * 2], acc[h * 4 + e * 2 + 1],
+                                source_code=tile_device.WHITEN, return_type="uint32",
                             )  # fmt: skip
+            for ib in T.serial(n1):
+                for q in T.unroll(8):
+                    acc[q] = T.float32(0)
+                for s in T.unroll(left_tiles):
+                    if s < n1:
+                        T.cuda.func_call(
+                            "liftc_load_tile", left.ptr_to([ib, s, lane, 0]), a.ptr_to([0]),
+                            source_code=tile_device.LOAD_TILE,
+                        )  # fmt: skip
+                        for e in T.unroll(2):
+                            T.ptx[MMA](
+                                acc[e * 4], acc[e * 4 + 1], acc[e * 4 + 2], acc[e * 4 + 3],
+                                a[0], a[1], a[2], a[3], u[s * 4 + e * 2], u[s * 4 + e * 2 + 1],
+                                acc[e * 4], acc[e * 4 + 1], acc[e * 4 + 2], acc[e * 4 + 3],
+                            )  # fmt: skip
+                for h in T.unroll(2):
+                    row: T.int32 = ib * 16 + h * 8 + g
+                    if row < t1 and member * 16 + t * 4 < t2:
+                        T.cuda.func_call(
+                            f"liftc_store_four_{short}", out.ptr_to([0, 0]),
+                            T.Cast("int64", token) * P + (row * t2 + member * 16 + t * 4), up,
+                            acc[h * 2], acc[h * 2 + 1], acc[4 + h * 2], acc[4 + h * 2 + 1],
+                            source_code=tile_device.WHITEN,
+                        )  # fmt: skip
 
     return function
