@@ -130,6 +130,8 @@ def sign_matmul_binary(symbol: str, knobs: BinaryKnobs) -> Any:
         length: T.int32 = 0  # of this chunk
         step: T.int32 = 0
         stop: T.int32 = 0
+        quad: T.int32 = 0
+        col: T.int32 = 0
         slot: T.int32 = 0
         turn: T.int32 = 0  # how often the ring has come round
 
@@ -139,10 +141,16 @@ def sign_matmul_binary(symbol: str, knobs: BinaryKnobs) -> Any:
             begun = begun + length
             step = team * (quads * length) // TEAMS
             stop = (team + 1) * (quads * length) // TEAMS
+            quad = T.truncdiv(step, T.max(length, 1))
+            col = step - quad * length
 
         @T.inline
-        def next_slot():
+        def next_stage():
             step = step + 1
+            col = col + 1
+            if col == length:
+                col = 0
+                quad = quad + 1
             slot = slot + 1
             if slot == RING:
                 slot = 0
@@ -150,9 +158,8 @@ def sign_matmul_binary(symbol: str, knobs: BinaryKnobs) -> Any:
 
         @T.inline
         def fill():  # one stage: every lane below four has the tiles of its row block copied
-            quad: T.int32 = T.truncdiv(step, length)
-            col: T.int32 = (begun - length + step - quad * length) * DEPTH
-            many: T.int32 = T.min(DEPTH, width - col)
+            column: T.int32 = (begun - length + col) * DEPTH
+            many: T.int32 = T.min(DEPTH, width - column)
             if lane == 0:
                 call.barrier_expect(
                     filled.ptr_to([team * RING + slot]), many * T.min(4, blocks - quad * 4) * TILE_BYTES
@@ -160,11 +167,11 @@ def sign_matmul_binary(symbol: str, knobs: BinaryKnobs) -> Any:
             if lane < 4 and quad * 4 + lane < blocks:
                 call.bulk_copy(
                     ring.ptr_to([(team * RING + slot) * STAGE_WORDS + lane * (DEPTH * TILE_WORDS)]),
-                    tiles.ptr_to([row0 + quad * 4 + lane, first + col, 0, 0]),
+                    tiles.ptr_to([row0 + quad * 4 + lane, first + column, 0, 0]),
                     many * TILE_BYTES,
                     filled.ptr_to([team * RING + slot]),
                 )
-            next_slot()
+            next_stage()
 
         @T.inline
         def copy_z(stage):  # every lane below the number of its blocks copies one
@@ -234,13 +241,6 @@ def sign_matmul_binary(symbol: str, knobs: BinaryKnobs) -> Any:
             last: T.int32 = -1  # the stage of z whose last product is in flight
 
             @T.inline
-            def finish():  # of the products in flight
-                T.ptx["wgmma.wait_group.sync.aligned"](0)
-                if last >= 0 and lane == 0:
-                    call.barrier_signal(empty.ptr_to([last % WINDOW]))
-                last = -1
-
-            @T.inline
             def flush():
                 for n in T.unroll(FOURS):
                     for r in T.unroll(2):  # rows lane // 4 and 8 more
@@ -268,8 +268,6 @@ def sign_matmul_binary(symbol: str, knobs: BinaryKnobs) -> Any:
             for c in T.serial(chunks):
                 next_chunk()
                 reached: T.int32 = stop - length  # from here on a stage of z is used for the last time
-                quad: T.int32 = T.truncdiv(step, length)
-                col: T.int32 = step - quad * length
                 while step < stop:
                     stage: T.int32 = begun - length + col
                     many: T.int32 = T.min(DEPTH, width - stage * DEPTH)
@@ -277,7 +275,7 @@ def sign_matmul_binary(symbol: str, knobs: BinaryKnobs) -> Any:
                     w_at: T.uint32 = ring_at + T.Cast("uint32", slot * (STAGE_WORDS * 4))
                     call.barrier_await(full.ptr_to([stage % WINDOW]), stage // WINDOW % 2)
                     call.barrier_await(filled.ptr_to([team * RING + slot]), turn % 2)
-                    finish()
+                    T.ptx["wgmma.wait_group.sync.aligned"](0)
                     if quad != held:
                         if held >= 0:
                             flush()
@@ -316,14 +314,14 @@ def sign_matmul_binary(symbol: str, knobs: BinaryKnobs) -> Any:
                     more = 1
                     if lane == 0:
                         call.barrier_signal(free.ptr_to([team * RING + slot]))
-                    if step >= reached:
-                        last = stage
-                    col = col + 1
-                    if col == length:
-                        col = 0
-                        quad = quad + 1
-                    next_slot()
-                finish()
+                        if last >= 0:
+                            call.barrier_signal(empty.ptr_to([last % WINDOW]))
+                    last = T.Select(step >= reached, stage, -1)
+                    next_stage()
+                T.ptx["wgmma.wait_group.sync.aligned"](0)
+                if last >= 0 and lane == 0:
+                    call.barrier_signal(empty.ptr_to([last % WINDOW]))
+                last = -1
                 begin: T.int32 = team * (quads * length) // TEAMS
                 for i in T.serial(length - T.min(length, stop - begin)):
                     # Stages of z that this team has no rows for: its turn with them is over, too.
@@ -346,19 +344,23 @@ def sign_matmul_binary(symbol: str, knobs: BinaryKnobs) -> Any:
                 call.barrier_await(empty.ptr_to([i % WINDOW]), i // WINDOW % 2)
                 copy_z(i + WINDOW)
         else:
-            for i in T.serial((stages * PIECES - (warp - CUTTER) + knobs.cutters - 1) // knobs.cutters):
-                stage2: T.int32 = (i * knobs.cutters + warp - CUTTER) // PIECES
+            # Every warp waits for every stage, so that none is more than one phase of a barrier ahead.
+            ahead: T.int32 = warp - CUTTER  # pieces until its next one
+            for stage2 in T.serial(stages):
                 place: T.int32 = stage2 % WINDOW
-                # A thread has 256 columns of one byte of one token, halved: eight vectors of each.
-                task: T.int32 = (i * knobs.cutters + warp - CUTTER) % PIECES * 32 + lane
                 call.barrier_await(landed.ptr_to([place]), stage2 // WINDOW % 2)
-                if stage2 * DEPTH + task // (2 * COLS) < width:
-                    at: T.int32 = (place * DEPTH + task // (2 * COLS)) * (COLS * 64)
-                    call.bits_of_bytes(bits.ptr_to([at + task % (2 * COLS) * 4]), 2 * COLS)
-                    call.fence_shared()
-                T.cuda.warp_sync()
-                if lane == 0:
-                    call.barrier_signal(full.ptr_to([place]))
+                while ahead < PIECES:
+                    # A thread has 256 columns of one byte of one token, halved: eight vectors of each.
+                    task: T.int32 = ahead * 32 + lane
+                    if stage2 * DEPTH + task // (2 * COLS) < width:
+                        at: T.int32 = (place * DEPTH + task // (2 * COLS)) * (COLS * 64)
+                        call.bits_of_bytes(bits.ptr_to([at + task % (2 * COLS) * 4]), 2 * COLS)
+                        call.fence_shared()
+                    T.cuda.warp_sync()
+                    if lane == 0:
+                        call.barrier_signal(full.ptr_to([place]))
+                    ahead = ahead + knobs.cutters
+                ahead = ahead - PIECES
         if SPLIT > 1:
             call.cluster_sync()
         else:

@@ -16,6 +16,7 @@ _LABEL = re.compile(r"^(\.L_x_\d+):")
 _PRODUCT = re.compile(r"[A-Z]GMMA\S* R\d+, R(\d+), gdesc")
 _WRITES = re.compile(r"^(?:@!?U?P\w+ )?([A-Z][\w.]*) (?:U?P\w+, )?R(\d+)\b")
 _BRANCH = re.compile(r"^(@!?\S+ )?BRA\b.*`\((\.L_x_\d+)\)")
+_WAIT = re.compile(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x[0-9a-f]+)")
 _READS_ONLY = ("ST", "RED", "SYNCS", "ATOMS", "BRA", "R2UR", "UBLKCP", "LDGSTS", "ISETP", "DEPBAR", "MEMBAR")
 
 
@@ -27,7 +28,7 @@ def find_disassembler(nvcc: Path) -> Path | None:
 
 
 def overwritten_operands(disassembler: Path, cubin: Path) -> list[str]:
-    """Instructions that write a register operand of a product before a wait for all products, in any function."""
+    """Instructions that write a register operand of a product before a wait for it, in any function."""
     command = [str(disassembler), "-c", str(cubin)]
     listing = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
     found: list[str] = []
@@ -50,28 +51,36 @@ def overwrites(section: str) -> list[str]:
         if product := _PRODUCT.search(text):
             operand = range(int(product[1]), int(product[1]) + 4)
             found += [
-                f"{text} <- {code[i]}" for i in _in_flight(code, labels, at + 1) if _writes(code[i], operand)
+                f"{text} <- {code[i]}" for i in _in_flight(code, labels, at) if _writes(code[i], operand)
             ]
     return found
 
 
-def _in_flight(code: list[str], labels: dict[str, int], start: int) -> set[int]:
-    """Instructions that may run between `start` and a wait for all products."""
-    seen: set[int] = set()
-    ahead = [start]
+def _in_flight(code: list[str], labels: dict[str, int], product: int) -> set[int]:
+    """Instructions that may run between a product and a wait that covers it.
+
+    Products form groups, whose last one is marked gsb0; a wait leaves the given number of latest groups in flight.
+    """
+    seen: set[tuple[int, int]] = set()
+    ahead = [
+        (product + 1, int("gsb0" in code[product]))
+    ]  # where, groups complete since: its own and those after it
     while ahead:
-        at = ahead.pop()
-        while at < len(code) and at not in seen:
+        at, groups = ahead.pop()
+        while at < len(code) and (at, groups) not in seen:
             text = code[at]
-            if "WARPGROUP.DEPBAR.LE gsb0, 0x0" in text or text.startswith("EXIT"):
+            wait = _WAIT.search(text)
+            if text.startswith("EXIT") or (wait and groups > int(wait[1], 16)):
                 break
-            seen.add(at)
+            seen.add((at, groups))
+            if "GMMA" in text and "gsb0" in text:
+                groups = min(groups + 1, 8)
             if branch := _BRANCH.match(text):
-                ahead.append(labels[branch[2]])
+                ahead.append((labels[branch[2]], groups))
                 if not branch[1]:
                     break
             at += 1
-    return seen
+    return {at for at, _ in seen}
 
 
 def _writes(text: str, operand: range) -> bool:

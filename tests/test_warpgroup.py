@@ -26,10 +26,10 @@ from liftc.codegen.knobs import BINARY_KNOBS, BinaryKnobs
 
 KNOBS = {
     "four": BinaryKnobs(4, 2, 1, stage_blocks=2, ring=3, cutters=1, z_stages=2, block_rows=9, split=1),
-    "eight": BinaryKnobs(8, 1, 2, stage_blocks=3, ring=2, cutters=3, z_stages=1, block_rows=6, split=1),
-    "sixteen": BinaryKnobs(16, 1, 2, stage_blocks=1, ring=2, cutters=2, z_stages=5, block_rows=5, split=1),
-    "pair": BinaryKnobs(8, 3, 1, stage_blocks=2, ring=2, cutters=2, z_stages=3, block_rows=12),
-    "four_blocks": BinaryKnobs(16, 1, 4, stage_blocks=1, ring=3, cutters=1, z_stages=2, block_rows=7, split=4),
+    "eight": BinaryKnobs(8, 1, 2, stage_blocks=2, ring=2, cutters=3, z_stages=1, block_rows=6, split=1),
+    "sixteen": BinaryKnobs(16, 1, 2, stage_blocks=2, ring=2, cutters=2, z_stages=3, block_rows=5, split=1),
+    "pair": BinaryKnobs(8, 3, 1, stage_blocks=4, ring=2, cutters=2, z_stages=3, block_rows=12),
+    "four_blocks": BinaryKnobs(16, 1, 4, stage_blocks=2, ring=3, cutters=1, z_stages=2, block_rows=7, split=4),
 }  # fmt: skip
 
 
