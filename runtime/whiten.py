@@ -78,9 +78,9 @@ def _padded(x: Tensor, activation_scale: Tensor | None, width: int) -> Tensor:
 
 
 def tokens_together(left_words: Tensor, right_words: Tensor, shared_bytes: int) -> int:
-    """Tokens that a block works on: as many as keep its warps busy and fit."""
+    """Tokens that a block works on: as many as fit, each with as many warps as 16 columns of its padded rows."""
     bytes_of_token = left_words.shape[0] * 16 * (right_words.shape[1] // 2 | 1) * 64
-    return max(1, min(_WARPS // right_words.shape[0], (shared_bytes - 4 * _WARPS) // bytes_of_token))
+    return max(1, min(_WARPS // right_words.shape[1], (shared_bytes - 4 * _WARPS) // bytes_of_token))
 
 
 class Whitening:

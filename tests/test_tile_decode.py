@@ -176,7 +176,8 @@ def test_unpacked_signs(emulated: Emulated, kind: str, rows: int, columns: int) 
 @pytest.mark.parametrize("size", tensorcore_whiten.SIZES)
 def test_whitened_activations(emulated: Emulated, kind: str, bound: float, size: tuple[int, int]) -> None:
     g = torch.Generator().manual_seed(size[0])
-    for t1, t2, features, tokens in ((size[0] * 16 - 5, size[1] * 16, 0, 3), (7, 40, 272, 6), (1, 8, 8, 3)):
+    shapes = ((size[0] * 16 - 5, size[1] * 16, 0, 3), (size[0] * 16, 16, 0, 5), (7, 40, 272, 6), (1, 8, 8, 3))
+    for t1, t2, features, tokens in shapes:
         features = features or t1 * t2 - 16
         x = torch.randn(tokens, features, generator=g)
         x[0] *= 1e-2  # tokens are scaled one by one
