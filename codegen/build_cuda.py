@@ -117,7 +117,28 @@ def _source(templates: Sequence[library.KernelTemplate], pipeline: str) -> str:
     module = tvm.IRModule({t.function.symbol: t.make() for t in templates})
     with _source_only(), target:
         built = tvm.tirx.build(module, target=target, pipeline=pipeline)
-    return str(tvm.backend.cuda.export_cuda_host(built))
+    return _most_shared_memory(str(tvm.backend.cuda.export_cuda_host(built)))
+
+
+SHARED_LIMIT = re.compile(
+    r"if \(::tvm_cuda_host_check\(cudaFuncSetAttribute\(::(\w+), cudaFuncAttributeMaxDynamicSharedMemorySize, \w+\)\)"
+    r" != 0\) return -1;"
+)
+
+
+def _most_shared_memory(source: str) -> str:
+    """Host wrappers that also ask for the division of a processor's memory with the most shared memory.
+
+    A processor changes its division only when it is empty: without this, a small kernel that starts on an empty one
+    keeps the blocks of a large kernel away until it ends, although there is room for both.
+    """
+    carveout = "cudaFuncSetAttribute(::{}, cudaFuncAttributePreferredSharedMemoryCarveout, 100)"
+    return SHARED_LIMIT.sub(
+        lambda found: (
+            f"{found[0]}\n    if (::tvm_cuda_host_check({carveout.format(found[1])}) != 0) return -1;"
+        ),
+        source,
+    )
 
 
 def compile_flags(archs: Sequence[str], ptx: str) -> list[str]:

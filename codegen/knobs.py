@@ -80,11 +80,42 @@ class TensorCoreKnobs:
 
 
 @dataclass(frozen=True)
+class PopcountKnobs:
+    """Choices of the binary tensor-core sign_matmul (codegen/tensorcore_popcount.py).
+
+    tokens: the most tokens of a call. warps: of a block, at least one per token. ring: tiles a warp has in flight.
+    chunk_blocks: blocks of 256 columns whose z is in shared memory as bits at a time. block_rows: most blocks of 16
+    rows of one block. first_tiles: tiles of the ring that a warp asks for at once, each of the others when one has come
+    (0: all at once), so that other loads wait less. dependent_launch: start while the kernel before still runs
+    (sm_90 on). pad_bytes: unused shared memory, to keep blocks apart.
+    """
+
+    tokens: int = 1
+    warps: int = 24
+    ring: int = 10
+    chunk_blocks: int = 104
+    block_rows: int = 32
+    first_tiles: int = 0
+    dependent_launch: bool = False
+    pad_bytes: int = 0
+
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a block."""
+        bits = self.chunk_blocks * self.tokens * 512
+        sums = -(-self.tokens * (self.block_rows * 16 + 8) * 4 // 16) * 16
+        return bits + self.warps * self.ring * 512 + sums + 2 * -(-self.tokens // 4) * 16 + self.pad_bytes
+
+    def describe(self) -> tuple[str, ...]:
+        """One text "name=value" per knob."""
+        return tuple(f"{name}={value}" for name, value in asdict(self).items())
+
+
+@dataclass(frozen=True)
 class BinaryKnobs:
     """Choices of the binary warp-group sign_matmul (codegen/tensorcore_binary.py).
 
     tokens: the most tokens of a call, a multiple of 4. teams: of warp groups, each with its own tiles. lanes: warp
-    groups of a team, each with its part of the tokens (whole fours). stage_blocks: blocks of 256 columns of a stage.
+    groups of a team, each with its part of the tokens (whole fours). stage_blocks: blocks of 256 columns of a stage, an even number.
     ring: stages of tiles of four row blocks that a team has in flight, at most 32. cutters: warps that cut z into bits.
     z_stages: stages of z in shared memory, at most 32. block_rows: most blocks of 16 rows of one cluster. split: blocks
     of a cluster, each with its part of the columns. dependent_launch: start while the kernel before still runs.
@@ -171,21 +202,16 @@ other chips from sm_90 on that have as much shared memory, "blackwell" sm_120.""
 
 TENSOR_CORE_KNOBS: dict[str, tuple[TensorCoreKnobs, ...]] = {
     "ampere": (
-        TensorCoreKnobs(1, ring=14, chunk_blocks=40),
         TensorCoreKnobs(4, ring=8, chunk_blocks=20),
         TensorCoreKnobs(8, ring=8, chunk_blocks=9, sets=4),
         TensorCoreKnobs(16, warps=8, ring=6, chunk_blocks=6, sets=4),
     ),
     "ada": (
-        TensorCoreKnobs(1, ring=6, chunk_blocks=40, block_rows=40),
         TensorCoreKnobs(4, ring=5, chunk_blocks=12),
         TensorCoreKnobs(8, ring=4, chunk_blocks=6, sets=4),
         TensorCoreKnobs(16, warps=8, ring=4, chunk_blocks=3, block_rows=24, sets=4),
     ),
-    "hopper": (
-        TensorCoreKnobs(1, ring=6, chunk_blocks=136, dependent_launch=True),
-        TensorCoreKnobs(4, ring=6, chunk_blocks=40, dependent_launch=True),
-    ),
+    "hopper": (TensorCoreKnobs(4, ring=6, chunk_blocks=32, first_tiles=3, dependent_launch=True),),
     "server": (
         TensorCoreKnobs(1, ring=6, chunk_blocks=136, dependent_launch=True),
         TensorCoreKnobs(4, ring=6, chunk_blocks=40, dependent_launch=True),
@@ -200,6 +226,14 @@ TENSOR_CORE_KNOBS: dict[str, tuple[TensorCoreKnobs, ...]] = {
     ),
 }
 """Choices per family, fewest tokens first: hopper and server measured on an H100, the others chosen to fit."""
+
+POPCOUNT_KNOBS: dict[str, tuple[PopcountKnobs, ...]] = {
+    "ampere": (PopcountKnobs(1, ring=8),),
+    "ada": (PopcountKnobs(1, ring=4, chunk_blocks=80),),
+    "hopper": (PopcountKnobs(1, first_tiles=2, dependent_launch=True),),
+}
+"""One token, on chips whose tensor cores count bits: those of sm_100 and sm_120 do not. Hopper measured on an H100, so
+that a block of the lift fits beside one of the product; the others chosen to fit."""
 
 BINARY_KNOBS: dict[str, tuple[BinaryKnobs, ...]] = {
     "hopper": (
@@ -217,7 +251,7 @@ LIFT_KNOBS: dict[str, tuple[LiftKnobs, ...]] = {
             blocks_per_processor=1 if family in ("server", "blackwell") else 2,
         )
         for choice in (
-            LiftKnobs(1, units=2, ahead=7, left_depth=8),
+            LiftKnobs(8),
             LiftKnobs(16, tiles=2, units=2, left_depth=8, most_right=512),
         )
     )

@@ -15,17 +15,19 @@ from typing import Any
 from liftc.codegen.knobs import (
     BINARY_KNOBS,
     LIFT_KNOBS,
+    POPCOUNT_KNOBS,
     TENSOR_CORE_KNOBS,
     BinaryKnobs,
     CpuKnobs,
     CudaKnobs,
     LiftKnobs,
+    PopcountKnobs,
     TensorCoreKnobs,
     chip_family,
 )
 from liftc.kernel_object import KernelFunction
 
-KERNEL_VERSION = 3
+KERNEL_VERSION = 4
 """Raised when any kernel changes its results, arguments or layout."""
 
 TIR_DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
@@ -160,6 +162,21 @@ def tensor_core_templates(
         yield KernelTemplate(function, partial(tensorcore_sign.sign_matmul_tiled, symbol, knobs))
 
 
+def popcount_templates(
+    name: str, archs: tuple[str, ...], choices: tuple[PopcountKnobs, ...]
+) -> Iterator[KernelTemplate]:
+    """The binary tensor-core sign_matmul of one family of chips, fewest tokens first; imports TVM."""
+    from liftc.codegen import tensorcore_popcount
+
+    for knobs in choices:
+        symbol = f"sign_matmul_popcount_{name}_{knobs.tokens}"
+        function = KernelFunction(
+            symbol, "sign_matmul_popcount", "", max_tokens=knobs.tokens, shared_bytes=knobs.shared_bytes(),
+            archs=",".join(archs), block_rows=knobs.block_rows, knobs=" ".join(knobs.describe()),
+        )  # fmt: skip
+        yield KernelTemplate(function, partial(tensorcore_popcount.sign_matmul_popcount, symbol, knobs))
+
+
 def binary_templates(
     name: str, archs: tuple[str, ...], choices: tuple[BinaryKnobs, ...]
 ) -> Iterator[KernelTemplate]:
@@ -221,6 +238,7 @@ def lift_templates(
 
 
 TUNED_TEMPLATES: tuple[TunedTemplate, ...] = (
+    TunedTemplate("sign_matmul_popcount", PopcountKnobs, lambda: POPCOUNT_KNOBS, popcount_templates),
     TunedTemplate("sign_matmul_binary", BinaryKnobs, lambda: BINARY_KNOBS, binary_templates),
     TunedTemplate("sign_matmul_tiled", TensorCoreKnobs, lambda: TENSOR_CORE_KNOBS, tensor_core_templates),
     TunedTemplate("lift_planes", LiftKnobs, lambda: LIFT_KNOBS, lift_templates),

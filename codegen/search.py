@@ -26,6 +26,13 @@ AXES: dict[str, dict[str, tuple[Any, ...]]] = {
         "prefetch_tiles": (0, 4),
         "first_tiles": (0, 2, 3),
     },
+    "sign_matmul_popcount": {
+        "ring": (3, 4, 6, 8, 10, 12, 16),
+        "first_tiles": (0, 2, 3, 4),
+        "chunk_blocks": (40, 56, 80, 104, 136),
+        "warps": (16, 20, 24, 28),
+        "block_rows": (24, 32, 40),
+    },
     "sign_matmul_binary": {
         "cutters": (2, 4, 5, 6, 8, 10),
         "z_stages": (2, 3, 4, 5, 6, 7, 8, 9, 10),

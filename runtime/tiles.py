@@ -16,7 +16,7 @@ from liftc.runtime.planes import PlaneKernels, Planes
 from liftc.spec import DTYPE_NAMES
 
 TILE_ROWS, TILE_COLUMNS = 16, 256
-PRODUCTS = ("sign_matmul_binary", "sign_matmul_tiled")
+PRODUCTS = ("sign_matmul_popcount", "sign_matmul_binary", "sign_matmul_tiled")
 """Ops whose kernels multiply tiles with planes, the preferred one first."""
 
 MOST_PADDING = 1.25

@@ -42,6 +42,19 @@ def linear_factors(in_features: int, fmt: LiftFormat) -> tuple[list[torch.Tensor
     return factors, t1 * t2 // fmt.subspace_dim * fmt.lifted_dim
 
 
+def planes_of(z: torch.Tensor, columns: int) -> torch.Tensor:
+    """Planes int8 (KB, 4, columns, 64) of z; other columns, and those of z past its last, hold 99."""
+    tokens, width = z.shape
+    blocks = -(-width // 256)
+    padded = torch.full((tokens, blocks * 256), 99 * 257, dtype=torch.int32)
+    padded[:, :width] = z
+    high = (padded + 128).div(256, rounding_mode="floor")
+    parts = torch.stack([high, padded - 256 * high], 1).view(2 * tokens, blocks, 4, 64)
+    planes = torch.full((blocks, 4, columns, 64), 99, dtype=torch.int8)
+    planes[:, :, : 2 * tokens] = parts.permute(1, 2, 0, 3).to(torch.int8)
+    return planes
+
+
 def group_planes(z: torch.Tensor, columns: int) -> torch.Tensor:
     """Planes int8 (KB, 16, columns, 16) of z, as the warp-group kernels take them; other columns hold 99."""
     tokens, width = z.shape
