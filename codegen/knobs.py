@@ -115,7 +115,7 @@ class BinaryKnobs:
     """Choices of the binary warp-group sign_matmul (codegen/tensorcore_binary.py).
 
     tokens: the most tokens of a call, a multiple of 4. teams: of warp groups, each with its own tiles. lanes: warp
-    groups of a team, each with its part of the tokens (whole fours). stage_blocks: blocks of 256 columns of a stage, an even number.
+    groups of a team, each with its part of the tokens (whole fours). stage_blocks: blocks of 256 columns of a stage.
     ring: stages of tiles of four row blocks that a team has in flight, at most 32. cutters: warps that cut z into bits.
     z_stages: stages of z in shared memory, at most 32. block_rows: most blocks of 16 rows of one cluster. split: blocks
     of a cluster, each with its part of the columns. dependent_launch: start while the kernel before still runs.

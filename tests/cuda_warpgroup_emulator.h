@@ -85,7 +85,6 @@ inline void tvm_builtin_ptx_wgmma_commit_group_commit_group_sync_aligned() {
   queue.open.clear();
 }
 inline void tvm_builtin_ptx_wgmma_wait_group_wait_group_sync_aligned_0() { group::wait(0); }
-inline void tvm_builtin_ptx_wgmma_wait_group_wait_group_sync_aligned_1() { group::wait(1); }
 inline uint32_t tvm_builtin_cluster_ctaid_x() { return group::rank(); }
 
 struct uint4 { uint32_t x, y, z, w; };
