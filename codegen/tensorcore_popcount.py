@@ -73,6 +73,7 @@ def sign_matmul_popcount(symbol: str, knobs: PopcountKnobs) -> Any:
         T.device_entry()
         bx = T.cta_id([grid])
         tx = T.thread_id([THREADS])
+        T.attr(0, "tirx.launch_bounds_min_blocks_per_sm", 1)  # else nvcc saves registers for two, and spills
         pool = T.SMEMPool()
         bits = pool.alloc((CHUNK * TOKENS * TILE_WORDS,), "uint32", align=16)
         ring = pool.alloc((WARPS * RING * TILE_WORDS,), "uint32", align=16)

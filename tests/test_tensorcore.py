@@ -134,7 +134,7 @@ def test_every_llama_70b_layer_launches(family: str) -> None:
     )
 
 
-@pytest.mark.parametrize("family, arch", [("ampere", "sm_80"), ("blackwell", "sm_120")])
+@pytest.mark.parametrize("family, arch", [("ampere", "sm_80"), ("hopper", "sm_90a"), ("blackwell", "sm_120")])
 def test_kernels_compile_without_spills(tmp_path: Path, family: str, arch: str) -> None:
     try:
         nvcc = toolchain.find_nvcc()
