@@ -14,9 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from operand_layouts import tile_layout
-from test_records import record
 
 pytest.importorskip("tvm", reason="candidates are built with TVM")
 from liftc import cli
@@ -24,19 +21,14 @@ from liftc.bundle import Bundle, BundleCandidate, Work, object_hashes, read_bund
 from liftc.codegen.build import native_cpu_level
 from liftc.codegen.build_cuda import assembler_resources
 from liftc.driver import tune_run
-from liftc.driver.bench import BenchOptions, bench_kernels, within_shared
-from liftc.driver.bench_many import signs_of_tiles
-from liftc.driver.bench_plot import point
-from liftc.driver.bench_text import line_text, table_text
+from liftc.driver.bench import BenchOptions, bench_kernels
 from liftc.driver.kernels import choose_kernels
 from liftc.driver.shapes import MODELS, find_work
 from liftc.driver.tune import TuneOptions, build_bundle
 from liftc.driver.tune import tune_run as run_command
 from liftc.errors import LiftcError, RecordError
 from liftc.kernel_object import KernelFunction, KernelObject, cpu_features, file_sha256
-from liftc.kernel_records import append_records, parse_record, read_records
-from liftc.packing import unpack_signs
-from liftc.runtime.kernels import Kernels
+from liftc.kernel_records import read_records
 
 LEVEL = native_cpu_level()
 OPTIONS = TuneOptions(
@@ -266,17 +258,6 @@ def test_formats_of_a_shape_set_and_kinds_of_rows(bundle: Path, tmp_path: Path) 
     )
 
 
-def test_records_are_shown_without_measuring(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "a.jsonl"
-    old, wrong = record(kernel_version=0, microseconds=0.5), record(status="wrong", microseconds=0.1)
-    slow, fast, other = record(microseconds=9.0), record(microseconds=7.0), record(batch=4, microseconds=1.0)
-    append_records(file, [slow, fast, other, old, wrong])
-    assert cli.main(["bench", "records", str(file), "--batch", "1", "-q"]) == 0
-    text = capsys.readouterr().out
-    assert "| 4096x4096 | LQ-77/32 | 1 | 7.0 (20.0) |" in text and "0.5" not in text and "| 4 |" not in text
-    assert cli.main(["bench", "records", str(file), "--batch", "2", "-q"]) == 2
-
-
 def has_matplotlib() -> bool:
     try:
         import matplotlib  # noqa: F401
@@ -292,47 +273,6 @@ def test_bench_refuses_a_wrong_kernel(bundle: Path, tmp_path: Path) -> None:
     assert descriptor["functions"][0]["symbol"] == "silent"
     with pytest.raises(LiftcError, match="neither a kernel object"):
         bench_kernels(tmp_path, BenchOptions(progress=False))
-
-
-def test_within_shared_leaves_out_what_does_not_fit() -> None:
-    functions = tuple(
-        KernelFunction(f"f{size}", "sign_matmul_tiled", "", shared_bytes=size) for size in (0, 99, 101)
-    )
-    made = KernelObject(Path("a.so"), "cuda", ("sm_90a",), "", (), "", 1, (), functions, "")
-    kernels = Kernels(made, "cuda", {f.symbol: print for f in functions}, None)
-    assert [f.symbol for f in within_shared(kernels, 99).of("sign_matmul_tiled")] == ["f0", "f99"]
-
-
-def test_signs_are_read_from_tiles_by_torch() -> None:
-    packed = torch.randint(
-        -(2**31), 2**31, (2, 300), dtype=torch.int32, generator=torch.Generator().manual_seed(0)
-    )
-    signs = signs_of_tiles(tile_layout(packed), 49, 300)
-    assert torch.equal(signs, unpack_signs(packed, 49))
-
-
-def test_tables_compare_with_one_token_dense_and_writing() -> None:
-    chain = {"out_features": 0, "in_features": 0, "chain": "8x8+8x16*2"}
-    share = {"write_ceiling_gbs": 50.0, "fraction_of_write_ceiling": 0.7, "rows": 8}
-    rows = [
-        record(kernel="lift", microseconds=10.0, **chain), record(kernel="lift", batch=4, microseconds=11.0, **chain),
-        record(kernel="lifted_linear", batch=300, microseconds=20.0),
-        record(kernel="cublas.float16", batch=300, microseconds=15.0),
-        record(kernel="unpack_tiles", microseconds=1.0, gigabytes_per_second=35.0, knobs=share),
-    ]  # fmt: skip
-    assert [parse_record(r.line()) for r in rows] == rows
-    answer = {"device": "D", "kernels": "k.so", "read_ceiling_gbs": 60.0, "not_installed": []}
-    text = table_text(answer, rows)
-    assert "| 4 | 11.0 (20.0) 1.10x |" in text and "| 300 | 20.0 0.75x | 15.0 |" in text
-    assert "| 1 | 1.0, 35 GB/s (70.0) |" in text and "70.0 % of writing" in line_text(rows[-1])
-
-
-def test_points_of_the_roofline() -> None:
-    chain = record(out_features=0, in_features=0, chain="100x50+10x20*2", batch=3, microseconds=2.0,
-                   gigabytes_per_second=1.0)  # fmt: skip
-    intensity, rate = point(chain)
-    operations = 2 * 3 * 2 * (100 * 50 + 10 * 20)
-    assert intensity == pytest.approx(operations / 2000.0) and rate == pytest.approx(operations / 2e-6 / 1e12)
 
 
 def test_what_the_assembler_prints_becomes_resources() -> None:
