@@ -75,7 +75,7 @@ def compiled(a: argparse.Namespace, name: str, **options: Any) -> tuple[Path, fl
     began = time.perf_counter()
     liftc.compile(
         a.model, out, calibration=a.calibration, calibration_windows=a.windows, calibration_length=a.length,
-        effort=a.effort, progress=False, **options,
+        effort=a.effort, tune_epochs=a.tune_epochs, progress=False, **options,
     )  # fmt: skip
     return out, time.perf_counter() - began
 
@@ -92,6 +92,7 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path)
     parser.add_argument("--windows", type=int, default=1024, help="calibration windows")
     parser.add_argument("--length", type=int, default=32, help="tokens per calibration window")
+    parser.add_argument("--tune-epochs", type=int, help="passes of end-to-end tuning; default that of the effort")
     parser.add_argument("--locate", action="store_true", help="also quantize one kind of linear at a time")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--work", type=Path, default=Path("build/sentence-encoder"))

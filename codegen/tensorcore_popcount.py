@@ -3,11 +3,11 @@
 """sign_matmul on binary tensor cores for a few tokens: the TIRx template behind `sign_matmul_popcount`.
 
 Arithmetic. Each byte of z = 256 h + l (tensorcore_sign.py) is cut into eight bits; with .and.popc, `mma.m16n8k256`
-counts for 16 rows of signs in how many of 256 columns sign and bit are both set, for eight bit positions at once. A tile
-of signs is the operand as it lies in memory: no masks, two instructions per tile and token where the integer form has
-eight and 32 masks. Counts are exact in int32; once per run of tiles they are added up with the weights of their bits,
-1, 2, .., 64 and -128 for l, 256 times that for h. The signs' sum is 2 p - sum z, p the sum of z over set bits, modulo
-2^32 as in the other forms, so results do not depend on tiles, warps or blocks.
+counts for 16 rows of signs in how many of 256 columns sign and bit are both set, for eight bit positions at once. A
+tile of signs is the operand as it lies in memory: no masks, two instructions per tile and token where the integer form
+has eight and 32 masks. Counts are exact in int32; once per run of tiles they are added up with the weights of their
+bits, 1, 2, .., 64 and -128 for l, 256 times that for h. The signs' sum is 2 p - sum z, p the sum of z over set bits,
+modulo 2^32 as in the other forms, so results do not depend on tiles, warps or blocks.
 
 Bits. Planes of z come as bytes. A block reads them from L2 once per chunk of columns, turns eight words of four bytes
 into eight words of bits in registers, and keeps the words in shared memory as operands.
@@ -39,8 +39,8 @@ def sign_matmul_popcount(symbol: str, knobs: PopcountKnobs) -> Any:
 
     Operands as of codegen/tensorcore_sign.py: tiles int32 (NB, KB, 32, 4), planes int8 (KB, 4, 2 knobs.tokens, 64) for
     at least m tokens, totals int32 (P, m), z_scale f32 (m, 1), output_scale f32 (OC,), y uint8 (bytes of m OC
-    results,), then grid, the number of blocks, at least ceil(NB / knobs.block_rows), and kind, 0 for float32, 1 for float16, 2 for
-    bfloat16. 16 NB >= OC.
+    results,), then grid, the number of blocks, at least ceil(NB / knobs.block_rows), and kind, 0 for float32, 1 for
+    float16, 2 for bfloat16. 16 NB >= OC.
     """
     WARPS, RING, TOKENS = knobs.warps, knobs.ring, knobs.tokens
     COLS = 2 * TOKENS

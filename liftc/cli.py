@@ -325,7 +325,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     shown = {
         k: str(v) for k, v in vars(arguments).items() if k not in {"run", "command", "json", "quiet"} and v
     }
-    if not arguments.quiet:
+    if not arguments.quiet and env.first_process():
         print(
             f"liftc {arguments.command}: " + " ".join(f"{k}={v}" for k, v in shown.items()), file=sys.stderr
         )
@@ -339,6 +339,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"liftc {arguments.command}: interrupted", file=sys.stderr)
         return 130
+    if not env.first_process():
+        return 0
     if arguments.json:
         print(json.dumps({k: v for k, v in answer.items() if k != "text"}, sort_keys=True))
     else:

@@ -56,6 +56,11 @@ def processes() -> tuple[int, int]:
     return int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def first_process() -> bool:
+    """Whether this process speaks for all that torchrun started (`RANK`)."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def cuda_home() -> Path | None:
     """`CUDA_HOME` or `CUDA_PATH`: root of a CUDA toolkit, or None."""
     value = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
