@@ -92,7 +92,9 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path)
     parser.add_argument("--windows", type=int, default=1024, help="calibration windows")
     parser.add_argument("--length", type=int, default=32, help="tokens per calibration window")
-    parser.add_argument("--tune-epochs", type=int, help="passes of end-to-end tuning; default that of the effort")
+    parser.add_argument(
+        "--tune-epochs", type=int, help="passes of end-to-end tuning; default that of the effort"
+    )
     parser.add_argument("--locate", action="store_true", help="also quantize one kind of linear at a time")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--work", type=Path, default=Path("build/sentence-encoder"))
