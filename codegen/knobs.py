@@ -233,7 +233,7 @@ POPCOUNT_KNOBS: dict[str, tuple[PopcountKnobs, ...]] = {
     "hopper": (PopcountKnobs(1, first_tiles=2, dependent_launch=True),),
 }
 """One token, on chips whose tensor cores count bits: those of sm_100, which share a family with sm_90, and of sm_120 do
-not. Hopper measured on an H100, so that a block of the lift fits beside one of the product; the others chosen to fit."""
+not. Hopper measured on an H100, so that a block of the lift fits beside one of the product; others chosen to fit."""
 
 BINARY_KNOBS: dict[str, tuple[BinaryKnobs, ...]] = {
     "hopper": (
