@@ -150,9 +150,8 @@ def _fits(knobs: Any, limit: int) -> bool:
     if knobs.shared_bytes() > limit:
         return False
     if hasattr(knobs, "sets"):  # accumulators: 4 per set, 16 rows and 8 columns, two columns a token
-        rows, warps = getattr(knobs, "row_blocks", 1), getattr(knobs, "warps", 0) or 4 * knobs.groups
-        accumulators = 4 * knobs.sets * rows * -(-2 * knobs.tokens // 8)
-        return bool((accumulators + _REGISTERS_BESIDE) * warps * 32 <= _REGISTER_FILE)
+        accumulators = 4 * knobs.sets * knobs.row_blocks * -(-2 * knobs.tokens // 8)
+        return bool((accumulators + _REGISTERS_BESIDE) * knobs.warps * 32 <= _REGISTER_FILE)
     if hasattr(knobs, "lanes"):  # one accumulator per row of 8 and bit of a token
         tokens, rest = divmod(knobs.tokens, 4 * knobs.lanes)
         accumulators = 32 * tokens

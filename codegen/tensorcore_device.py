@@ -1,15 +1,6 @@
 """Small device functions of the tensor-core kernels, for what TIRx cannot say: preprocessor guards, packed bytes,
 loads that bypass the non-coherent cache, and stores whose type is chosen at run time."""
 
-DEPENDENT_LAUNCH = r"""
-__device__ __forceinline__ void liftc_dependent_launch() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;\n\tgriddepcontrol.wait;" ::: "memory");
-#endif
-}
-"""
-"""Lets the next kernel start, then waits until everything the kernels before wrote is visible."""
-
 DEPENDENT_START = r"""
 __device__ __forceinline__ void liftc_dependent_start() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900

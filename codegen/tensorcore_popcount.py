@@ -187,7 +187,7 @@ def sign_matmul_popcount(symbol: str, knobs: PopcountKnobs) -> Any:
                         "liftc_load_word", totals.ptr_to([q * 32 + lane, which]),
                         source_code=device.LOAD_WORD, return_type="int32",
                     )  # fmt: skip
-            step = T.cuda.func_call(
+            step = T.cuda.func_call(  # the scale of z waits here until the first chunk
                 "liftc_load_word",
                 z_scale.ptr_to([which, 0]),
                 source_code=device.LOAD_WORD,

@@ -125,7 +125,6 @@ inline int __reduce_add_sync(uint, int value) {
 }
 inline void atomicAdd(int* at, int value) { *at = int(uint32_t(*at) + uint32_t(value)); }
 inline uint32_t __shfl_sync(uint32_t, uint32_t value, int, int) { return value; }
-inline void liftc_dependent_launch() {}
 inline void liftc_dependent_start() {}
 inline void liftc_dependent_wait() {}
 inline void liftc_prefetch(const void* from, int bytes, int lane) {

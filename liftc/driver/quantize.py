@@ -112,7 +112,6 @@ def join_ranks(device: str | None) -> Ranks:
         gpu = device != "cpu" and torch.cuda.is_available()
         if gpu:
             torch.cuda.set_device(local)
-        if gpu:
             distributed.init_process_group("nccl", device_id=torch.device("cuda", local))
         else:
             distributed.init_process_group("gloo")
