@@ -85,9 +85,10 @@ class PopcountKnobs:
 
     tokens: the most tokens of a call. warps: of a block, at least one per token. ring: tiles a warp has in flight.
     chunk_blocks: blocks of 256 columns whose z is in shared memory as bits at a time. block_rows: most blocks of 16
-    rows of one block. first_tiles: tiles of the ring that a warp asks for at once, each of the others when one has come
-    (0: all at once), so that other loads wait less. dependent_launch: start while the kernel before still runs
-    (sm_90 on). pad_bytes: unused shared memory, to keep blocks apart.
+    rows of one block. early_tiles: tiles of the ring that a warp asks for before z has come (0: all); first_tiles: those
+    of them at once, each of the others when one has come (0: all at once), so that other loads wait less.
+    dependent_launch: start while the kernel before still runs (sm_90 on). pad_bytes: unused shared memory, to keep
+    blocks apart.
     """
 
     tokens: int = 1
@@ -95,6 +96,7 @@ class PopcountKnobs:
     ring: int = 10
     chunk_blocks: int = 104
     block_rows: int = 32
+    early_tiles: int = 0
     first_tiles: int = 0
     dependent_launch: bool = False
     pad_bytes: int = 0
@@ -230,7 +232,7 @@ TENSOR_CORE_KNOBS: dict[str, tuple[TensorCoreKnobs, ...]] = {
 POPCOUNT_KNOBS: dict[str, tuple[PopcountKnobs, ...]] = {
     "ampere": (PopcountKnobs(1, ring=8),),
     "ada": (PopcountKnobs(1, ring=4, chunk_blocks=80),),
-    "hopper": (PopcountKnobs(1, first_tiles=2, dependent_launch=True),),
+    "hopper": (PopcountKnobs(1, ring=9, early_tiles=6, first_tiles=2, dependent_launch=True),),
 }
 """One token, on chips whose tensor cores count bits: those of sm_100, which share a family with sm_90, and of sm_120 do
 not. Hopper measured on an H100, so that a block of the lift fits beside one of the product; others chosen to fit."""

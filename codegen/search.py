@@ -27,7 +27,8 @@ AXES: dict[str, dict[str, tuple[Any, ...]]] = {
         "first_tiles": (0, 2, 3),
     },
     "sign_matmul_popcount": {
-        "ring": (3, 4, 6, 8, 10, 12, 16),
+        "ring": (3, 4, 6, 8, 9, 10, 12, 16),
+        "early_tiles": (0, 4, 6, 8),
         "first_tiles": (0, 2, 3, 4),
         "chunk_blocks": (40, 56, 80, 104, 136),
         "warps": (16, 20, 24, 28),

@@ -22,8 +22,10 @@ from liftc.codegen.build_cuda import tirx_source
 from liftc.codegen.knobs import PopcountKnobs
 
 KNOBS = {
-    "one": PopcountKnobs(tokens=1, warps=2, ring=5, chunk_blocks=2, block_rows=8, first_tiles=2),
-    "wide": PopcountKnobs(tokens=1, warps=3, ring=4, chunk_blocks=5, block_rows=4),
+    "one": PopcountKnobs(
+        tokens=1, warps=2, ring=5, chunk_blocks=2, block_rows=8, early_tiles=3, first_tiles=2
+    ),
+    "wide": PopcountKnobs(tokens=1, warps=3, ring=4, chunk_blocks=5, block_rows=4, early_tiles=1),
     "four": PopcountKnobs(4, warps=4, ring=4, chunk_blocks=1, block_rows=4, first_tiles=1),
 }
 
