@@ -232,7 +232,7 @@ TENSOR_CORE_KNOBS: dict[str, tuple[TensorCoreKnobs, ...]] = {
 POPCOUNT_KNOBS: dict[str, tuple[PopcountKnobs, ...]] = {
     "ampere": (PopcountKnobs(1, ring=8),),
     "ada": (PopcountKnobs(1, ring=4, chunk_blocks=80),),
-    "hopper": (PopcountKnobs(1, ring=9, early_tiles=6, first_tiles=2, dependent_launch=True),),
+    "hopper": (PopcountKnobs(1, ring=8, early_tiles=6, first_tiles=2, dependent_launch=True),),
 }
 """One token, on chips whose tensor cores count bits: those of sm_100, which share a family with sm_90, and of sm_120 do
 not. Hopper measured on an H100, so that a block of the lift fits beside one of the product; others chosen to fit."""

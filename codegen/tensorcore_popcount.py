@@ -15,8 +15,8 @@ into eight words of bits in registers, and keeps the words in shared memory as o
 Blocks. As in the integer form a block owns consecutive row blocks of 16 rows and all columns, warps share its tiles
 evenly, and each streams its tiles through a ring of its own. A lane reads back only what it has copied itself, so a
 slot is filled again as soon as it has been read, and no warp waits for another. Only a part of the ring is asked for
-before z has come, one tile after the other: a warp that still waits for its tiles would be late for z. The rest follows
-the loads of z.
+before z has come, one tile after the other: a warp that still waits for its tiles would be late for z. The rest is
+asked for when z has been turned into bits.
 """
 
 from __future__ import annotations
@@ -162,34 +162,23 @@ def sign_matmul_popcount(symbol: str, knobs: PopcountKnobs) -> Any:
             T.cuda.func_call("liftc_dependent_wait", source_code=device.DEPENDENT_WAIT)
 
         @T.inline
-        def load(first, length, turn):  # a thread's bytes of z of these blocks of columns
-            task: T.let[T.int32] = turn * THREADS + tx
-            if task < length * (8 * TOKENS) and task // 8 % TOKENS < m:
-                T.cuda.func_call(
-                    "liftc_load_bytes",
-                    planes.ptr_to([first + task // (8 * TOKENS), 0, task // 4 % COLS, task % 4 * 16]),
-                    COLS * 64,
-                    raw.ptr_to([0]),
-                    source_code=popcount_device.LOAD_BYTES,
-                )
-
-        @T.inline
-        def store(length, turn):  # as bits
-            task: T.let[T.int32] = turn * THREADS + tx
-            if task < length * (8 * TOKENS) and task // 8 % TOKENS < m:
-                T.cuda.func_call(
-                    "liftc_store_bits",
-                    raw.ptr_to([0]),
-                    bits.ptr_to([task // 8 * TILE_WORDS + task % 4 * 4 + task // 4 % 2 * 2]),
-                    source_code=popcount_device.STORE_BITS,
-                )
-
-        @T.inline
-        def convert(first, length, begun):
-            turns: T.let[T.int32] = (length * (8 * TOKENS) + THREADS - 1) // THREADS
-            for turn in T.serial(turns - begun, annotations=ROLLED):
-                load(first, length, turn + begun)
-                store(length, turn + begun)
+        def convert(first, length):  # z of these blocks of columns, as bits
+            for turn in T.serial((length * (8 * TOKENS) + THREADS - 1) // THREADS, annotations=ROLLED):
+                task: T.let[T.int32] = turn * THREADS + tx
+                if task < length * (8 * TOKENS) and task // 8 % TOKENS < m:
+                    T.cuda.func_call(
+                        "liftc_load_bytes",
+                        planes.ptr_to([first + task // (8 * TOKENS), 0, task // 4 % COLS, task % 4 * 16]),
+                        COLS * 64,
+                        raw.ptr_to([0]),
+                        source_code=popcount_device.LOAD_BYTES,
+                    )
+                    T.cuda.func_call(
+                        "liftc_store_bits",
+                        raw.ptr_to([0]),
+                        bits.ptr_to([task // 8 * TILE_WORDS + task % 4 * 4 + task // 4 % 2 * 2]),
+                        source_code=popcount_device.STORE_BITS,
+                    )
 
         # The last warps, which have less to convert, add up the sums of z; their loads go first.
         which: T.let[T.int32] = WARPS - 1 - warp
@@ -207,11 +196,9 @@ def sign_matmul_popcount(symbol: str, knobs: PopcountKnobs) -> Any:
                 source_code=device.LOAD_WORD,
                 return_type="int32",
             )
-        load(0, chunk, 0)
+        convert(0, chunk)
         for i in T.serial(RING - EARLY, annotations=ROLLED):
             issue()
-        store(chunk, 0)
-        convert(0, chunk, 1)
         if which < m:
             part: T.int32 = parts[0] + parts[1] + parts[2] + parts[3]
             for q in T.serial((P - lane + 31) // 32 - 4, annotations=ROLLED):
@@ -268,7 +255,7 @@ def sign_matmul_popcount(symbol: str, knobs: PopcountKnobs) -> Any:
                 step = step + run
             if c + 1 < count:
                 T.cuda.cta_sync()
-                convert((c + 1) * chunk, T.min(chunk, KB - (c + 1) * chunk), 0)
+                convert((c + 1) * chunk, T.min(chunk, KB - (c + 1) * chunk))
                 T.cuda.cta_sync()
         T.cuda.cta_sync()
         for i in T.unroll(MINE):
