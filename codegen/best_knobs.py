@@ -77,12 +77,18 @@ def best_knobs(
     arch: str,
     requests: Sequence[ShapeRequest],
     tokens: tuple[int, int] | None,
+    default: Any = None,
 ) -> Choice | None:
     """The best knobs of `kind` for an op on an architecture, or None where nothing of use was measured.
 
-    tokens: (least, most) batch of the kernel, whose knobs then have tokens = most; None for any batch.
+    tokens: (least, most) batch of the kernel, whose knobs then have tokens = most; None for any batch. default: only
+    knobs for factors as large as those of these count, where they are limited.
     """
-    times = _times(records, op, kind, arch, tokens)
+    times = {
+        knobs: found
+        for knobs, found in _times(records, op, kind, arch, tokens).items()
+        if all(getattr(knobs, name, 0) == getattr(default, name, 0) for name in ("most_left", "most_right"))
+    }
     requests = list(dict.fromkeys(_asked(op, r) for r in requests))
     measured = {item for found in times.values() for item in found if not item[4]}
     if not requests or not measured:
@@ -140,7 +146,10 @@ def cuda_choices(
             picked = []
             for default in usual:
                 span = batches_of(family, tuned.op, default.tokens)
-                found = (best_knobs(records, tuned.op, tuned.knobs, arch, requests, span) for arch in members)
+                found = (
+                    best_knobs(records, tuned.op, tuned.knobs, arch, requests, span, default)
+                    for arch in members
+                )
                 choice = next((c for c in found if c is not None), None)
                 picked.append(default if choice is None else choice.knobs)
                 origin = f"the defaults of {family}" if choice is None else choice.describe()

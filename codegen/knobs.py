@@ -159,10 +159,11 @@ class LiftKnobs:
     """Choices of the lift in one launch (codegen/tensorcore_lift.py).
 
     tokens: the most of a call. group: tokens of a block. tiles: 16-column tiles of T* x of a block. units: blocks of 8
-    rows of X that a warp mixes at a time, ahead: 32-column pieces of them whose loads are in flight together.
-    left_depth: 16-column operands of left in flight. most_left, most_right: largest factors. blocks_per_processor:
-    for which registers are saved. trigger: when the next kernel may start: 0 at once, 1 when x is read, 2 when T* x is
-    computed.
+    rows of X, and then of T* x, of a warp at a time; ahead: 32-column pieces of X whose loads are in flight together.
+    left_kept: 16-column operands of left that are in shared memory before x is there, left_depth: others in flight.
+    cluster: blocks, each with its rows of X and T* x, that share the product with right (sm_90 on). most_left,
+    most_right: largest factors. blocks_per_processor: for which registers are saved. trigger: when the next kernel may
+    start: 0 at once, 1 when x is read, 2 when T* x is computed.
     """
 
     tokens: int = 1
@@ -177,12 +178,29 @@ class LiftKnobs:
     blocks_per_processor: int = 4
     trigger: int = 0
     dependent_launch: bool = False
+    left_kept: int = 0
+    cluster: int = 1
+
+    def takes_any(self) -> bool:
+        """Whether these are knobs for factors of every usual size."""
+        return min(self.most_left, self.most_right) >= 256
+
+    def direct(self) -> bool:
+        """Whether lanes store their results one by one: shortest for one token, where little is stored."""
+        return self.tokens * self.units * self.tiles == 1
+
+    def right_bytes(self) -> int:
+        """Shared memory of the operands of right, and then of z on its way out."""
+        right = self.tiles * -(-self.most_right // 32) * 2048
+        return max(right, self.warps * self.group * self.tiles * 256)
 
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block."""
-        right = self.tiles * -(-self.most_right // 32) * 2048
         mixed = self.group * self.tiles * -(-self.most_left // 16) * 1024
-        return right + mixed + -(-self.group * self.warps // 2) * 16 + -(-self.group // 4) * 16
+        kept = self.warps * self.units * self.left_kept * 512
+        squares = -(-self.group * self.warps * (self.cluster + 1) // 4) * 16
+        places = self.warps * 512 if self.direct() else 0
+        return self.right_bytes() + mixed + kept + places + squares + -(-self.group // 4) * 16 + 16
 
     def describe(self) -> tuple[str, ...]:
         """One text "name=value" per knob."""
@@ -245,22 +263,41 @@ BINARY_KNOBS: dict[str, tuple[BinaryKnobs, ...]] = {
 }
 """More tokens than TENSOR_CORE_KNOBS has, measured on an H100."""
 
+_ANY_LIFT = (
+    LiftKnobs(8, blocks_per_processor=2),
+    LiftKnobs(16, tiles=2, units=2, left_depth=2, most_right=512, blocks_per_processor=1),
+)
+_SMALL_LIFT = LiftKnobs(1, most_left=64, most_right=128, left_kept=4, left_depth=1, blocks_per_processor=3)
+_LARGE_LIFT = LiftKnobs(1, ahead=7, most_left=128, most_right=224, left_kept=8, left_depth=1, blocks_per_processor=3)
+
 LIFT_KNOBS: dict[str, tuple[LiftKnobs, ...]] = {
     family: tuple(
         replace(
             choice,
-            dependent_launch=family in ("server", "hopper", "blackwell"),
-            blocks_per_processor=1 if family in ("server", "blackwell") else 2,
+            dependent_launch=family in ("server", "blackwell"),
+            blocks_per_processor=1 if family in ("server", "blackwell") else choice.blocks_per_processor,
         )
+        for choice in _ANY_LIFT
+    )
+    for family in ("ampere", "ada", "server", "blackwell")
+} | {
+    "hopper": tuple(
+        replace(choice, dependent_launch=True)
         for choice in (
-            LiftKnobs(8),
-            LiftKnobs(16, tiles=2, units=2, left_depth=8, most_right=512),
+            _SMALL_LIFT,
+            replace(_LARGE_LIFT, ahead=4, most_right=128, cluster=2),
+            replace(_LARGE_LIFT, cluster=2),
+            replace(_SMALL_LIFT, tokens=4),
+            replace(_LARGE_LIFT, tokens=4, cluster=2),
+            replace(_LARGE_LIFT, tokens=8, tiles=3, units=2, blocks_per_processor=1),
+            replace(_SMALL_LIFT, tokens=16, tiles=2, blocks_per_processor=2),
+            replace(_LARGE_LIFT, tokens=16, tiles=2, units=2, blocks_per_processor=2),
+            *_ANY_LIFT,
         )
     )
-    for family in TENSOR_CORE_KNOBS
 }
-"""Choices of the lift per family, fewest tokens first: measured on an H100, the same for all but the registers:
-server and blackwell would spill."""
+"""Choices of the lift per family; the first that takes a call gets it. Hopper measured on an H100; the first three
+leave room for a block of the product for one token beside theirs. Server and blackwell would spill with two blocks."""
 
 
 def chip_family(arch: str) -> str:

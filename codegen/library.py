@@ -225,13 +225,15 @@ def lift_templates(
             for short, dtype in TIR_DTYPES.items():
                 if form != "plain" and short == "f32":
                     continue  # language models run in half precision on a GPU
+                if not knobs.takes_any() and (form != "plain" or short == "f32"):
+                    continue  # knobs for some factors are for what is used most
                 # float32 needs more registers than two blocks leave
                 used = replace(knobs, blocks_per_processor=1) if short == "f32" else knobs
-                symbol = f"{op}_{name}_{short}_{knobs.tokens}"
+                symbol = f"{op}_{name}_{short}_{knobs.tokens}_{knobs.most_left}x{knobs.most_right}"
                 function = KernelFunction(
                     symbol, op, short, max_tokens=knobs.tokens, shared_bytes=knobs.shared_bytes(), archs=members,
                     block_rows=knobs.tiles, block_results=knobs.group, most_left=knobs.most_left,
-                    most_right=knobs.most_right, knobs=" ".join(used.describe()),
+                    most_right=knobs.most_right, knobs=" ".join(used.describe()), cluster_blocks=knobs.cluster,
                 )  # fmt: skip
                 make = partial(tensorcore_lift.lift_planes, symbol, dtype, used, form)
                 yield KernelTemplate(function, make)

@@ -7,32 +7,74 @@ from typing import Any
 from tvm.script import tirx as T
 
 from liftc.codegen import tensorcore_device as device
+from liftc.codegen import warpgroup_device as group_device
 
-WARP_SUM = r"""
-__device__ __forceinline__ void liftc_warp_sum(float value, void* out, int lane) {
-#pragma unroll
-  for (int away = 16; away > 0; away /= 2) value += __shfl_xor_sync(0xffffffffu, value, away);
-  if (lane == 0) *static_cast<float*>(out) = value;
+PEERS = r"""
+#ifndef LIFTC_PEERS
+#define LIFTC_PEERS
+__device__ __forceinline__ unsigned liftc_peer(const void* at, int rank) {
+  unsigned peer;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
+               : "=r"(peer) : "r"(static_cast<unsigned>(__cvta_generic_to_shared(at))), "r"(rank));
+  return peer;
 }
-"""
-
-LOAD_X8 = r"""
-__device__ __forceinline__ void liftc_load_x8(const void* from, int kind, int inside, void* out) {
-  unsigned* v = static_cast<unsigned*>(out);
+__device__ __forceinline__ void liftc_share_float(float value, void* at, int to, void* barrier, int rank, int peers) {
+  if (peers == 1 || to == rank) *static_cast<float*>(at) = value;
+  else asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];"
+                    :: "r"(liftc_peer(at, to)), "r"(__float_as_uint(value)), "r"(liftc_peer(barrier, to))
+                    : "memory");
+}
+__device__ __forceinline__ void liftc_share(const void* words, void* at, void* barrier, int rank, int peers) {
+  const unsigned* v = static_cast<const unsigned*>(words);
+  static_cast<uint2*>(at)[0] = make_uint2(v[0], v[1]);
+  static_cast<uint2*>(at)[64] = make_uint2(v[2], v[3]);
+  if (peers > 1) {
 #pragma unroll
-  for (int i = 0; i < (kind == 0 ? 8 : 4); ++i) v[i] = 0;
-  if (inside) {
-    asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "l"(from));
-    if (kind == 0)
-      asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];"
-                   : "=r"(v[4]), "=r"(v[5]), "=r"(v[6]), "=r"(v[7]) : "l"(static_cast<const char*>(from) + 16));
+    for (int away = 1; away < peers; ++away) {
+      const int other = rank + away < peers ? rank + away : rank + away - peers;
+      const unsigned to = liftc_peer(at, other), full = liftc_peer(barrier, other);
+      asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1,%2}, [%3];"
+                   :: "r"(to), "r"(v[0]), "r"(v[1]), "r"(full) : "memory");
+      asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1,%2}, [%3];"
+                   :: "r"(to + 512), "r"(v[2]), "r"(v[3]), "r"(full) : "memory");
+    }
   }
 }
+#endif
 """
-"""Eight values of x as they are, or zeros; kind 0 for float32, 1 for float16, 2 for bfloat16."""
+"""Block `rank` of a cluster of `peers` stores to the place `at` of the shared memory of block `to`, or of all, whose
+barrier counts the bytes of others: a float; two words, and two more 512 bytes on."""
+
+WARP_SUM = r"""
+__device__ __forceinline__ void liftc_warp_sum(float value, void* out, int lane, void* barrier, int rank, int peers) {
+#pragma unroll
+  for (int away = 16; away > 0; away /= 2) value += __shfl_xor_sync(0xffffffffu, value, away);
+  if (lane < peers) liftc_share_float(value, out, peers == 1 ? rank : lane, barrier, rank, peers);
+}
+"""
+"""The sum of a value over the lanes of a warp, for every block of the cluster."""
+
+LOAD_X8 = r"""
+__device__ __forceinline__ void liftc_load_x8(const void* from, int kind, int there, void* out) {
+  unsigned* v = static_cast<unsigned*>(out);
+#pragma unroll
+  for (int i = 0; i < (kind == 0 ? 8 : 4); i += 4)
+    asm volatile("{ .reg .pred p;\n\tsetp.gt.s32 p, %5, 0;\n\tmov.b32 %0, 0;\n\tmov.b32 %1, 0;\n\tmov.b32 %2, 0;\n\t"
+                 "mov.b32 %3, 0;\n\t@p ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4]; }"
+                 : "=r"(v[i]), "=r"(v[i + 1]), "=r"(v[i + 2]), "=r"(v[i + 3])
+                 : "l"(static_cast<const char*>(from) + i * 4), "r"(there));
+}
+"""
+"""Eight values of x as they are, or zeros where none are there; kind 0 for float32, 1 for float16, 2 for bfloat16."""
 
 CONVERT = r"""
+__device__ __forceinline__ float4 liftc_load_floats(const void* from, int there) {
+  float4 v;
+  asm volatile("{ .reg .pred p;\n\tsetp.gt.s32 p, %5, 0;\n\tmov.b32 %0, 0;\n\tmov.b32 %1, 0;\n\tmov.b32 %2, 0;\n\t"
+               "mov.b32 %3, 0;\n\t@p ld.global.nc.v4.f32 {%0,%1,%2,%3}, [%4]; }"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(from), "r"(there));
+  return v;
+}
 __device__ __forceinline__ unsigned liftc_pack_bf16(float low, float high) {
   unsigned pair;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
@@ -62,7 +104,7 @@ __device__ __forceinline__ float liftc_value(const unsigned* r, int i, int kind)
   return __uint_as_float(i % 2 ? r[i / 2] & 0xffff0000u : r[i / 2] << 16);
 }
 
-__device__ __forceinline__ unsigned liftc_pair(float low, float high, int kind) {
+__device__ __forceinline__ unsigned liftc_half_pair(float low, float high, int kind) {
   return kind == 1 ? liftc_pack_half(low, high) : liftc_pack_bf16(low, high);
 }
 
@@ -86,8 +128,8 @@ __device__ __forceinline__ void liftc_norm_x8(void* raw, const void* gain, float
       r[i] = __float_as_uint(a * liftc_value(g, i, kind));
       r[i + 1] = __float_as_uint(b * liftc_value(g, i + 1, kind));
     } else {
-      r[i / 2] = liftc_pair(a, b, kind);
-      r[i / 2] = liftc_pair(liftc_value(r, i, kind) * liftc_value(g, i, kind),
+      r[i / 2] = liftc_half_pair(a, b, kind);
+      r[i / 2] = liftc_half_pair(liftc_value(r, i, kind) * liftc_value(g, i, kind),
                             liftc_value(r, i + 1, kind) * liftc_value(g, i + 1, kind), kind);
     }
   }
@@ -105,22 +147,22 @@ __device__ __forceinline__ void liftc_gate_x8(void* raw, const void* up, int kin
       r[i] = __float_as_uint(a * liftc_value(u, i, kind));
       r[i + 1] = __float_as_uint(b * liftc_value(u, i + 1, kind));
     } else {
-      r[i / 2] = liftc_pair(a, b, kind);
-      r[i / 2] = liftc_pair(liftc_value(r, i, kind) * liftc_value(u, i, kind),
+      r[i / 2] = liftc_half_pair(a, b, kind);
+      r[i / 2] = liftc_half_pair(liftc_value(r, i, kind) * liftc_value(u, i, kind),
                             liftc_value(r, i + 1, kind) * liftc_value(u, i + 1, kind), kind);
     }
   }
 }
 
 __device__ __forceinline__ float liftc_split_x4(const void* raw, int kind, int half, const void* scale,
-                                                int scaled, void* out) {
+                                                bool scaled, int there, void* out) {
   const unsigned* r = static_cast<const unsigned*>(raw) + half * (kind == 0 ? 4 : 2);
   unsigned* b = static_cast<unsigned*>(out);
   float v[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) v[i] = liftc_value(r, i, kind);
   if (scaled) {
-    const float4 s = *static_cast<const float4*>(scale);
+    const float4 s = liftc_load_floats(scale, there);
     v[0] *= s.x;
     v[1] *= s.y;
     v[2] *= s.z;
@@ -135,20 +177,22 @@ __device__ __forceinline__ float liftc_split_x4(const void* raw, int kind, int h
   }
   return fmaf(v[0], v[0], v[1] * v[1]) + fmaf(v[2], v[2], v[3] * v[3]);
 }
-__device__ __forceinline__ void liftc_store_mixed(const void* part, void* out) {
+__device__ __forceinline__ float liftc_total(const void* part, int chains) {
   const float* p = static_cast<const float*>(part);
-  uint2 high, low;
-  liftc_split_pair(p[0] + p[4], p[1] + p[5], high.x, low.x);
-  liftc_split_pair(p[2] + p[6], p[3] + p[7], high.y, low.y);
-  uint2* to = static_cast<uint2*>(out);
-  to[0] = high;
-  to[64] = low;
+  return chains == 1 ? p[0] + p[4] : (p[0] + p[8]) + (p[4] + p[12]);
+}
+__device__ __forceinline__ void liftc_mixed_words(const void* part, int chains, void* words) {
+  const float* p = static_cast<const float*>(part);
+  unsigned* w = static_cast<unsigned*>(words);
+  liftc_split_pair(liftc_total(p, chains), liftc_total(p + 1, chains), w[0], w[2]);
+  liftc_split_pair(liftc_total(p + 2, chains), liftc_total(p + 3, chains), w[1], w[3]);
 }
 """
 """Floats as sums of two bfloat16 numbers, to 16 bits each. norm_x8, gate_x8: x of a norm or of a gate, rounded
 after each of its steps. split_x4: half of eight values of x, scaled, as two words
-of high parts and two of low parts (none where bfloat16 says it all); returns the sum of squares. store_mixed: four
-sums of 16 x 8 results as half an operand of high parts, and of low parts 512 bytes on."""
+of high parts and two of low parts (none where bfloat16 says it all); returns the sum of squares. total: a
+result of 16 x 8 from what its products of high and low parts, `chains` of each, have added up. mixed_words: four of
+them as half an operand, two words of high and two of low parts."""
 
 BF16 = f"\n#ifndef LIFTC_BF16\n#define LIFTC_BF16\n{CONVERT}{SPLIT}#endif\n"
 """Both, once in a source however many of their functions are called."""
@@ -174,47 +218,141 @@ __device__ __forceinline__ void liftc_mma_bf16(void* sums, const void* first, un
 }
 """
 
+ROOTS = r"""
+#ifndef LIFTC_ROOTS
+#define LIFTC_ROOTS
+__device__ __forceinline__ float liftc_root(float value) {
+  float root;
+  asm("sqrt.approx.f32 %0, %1;" : "=f"(root) : "f"(value));
+  return root;
+}
+__device__ __forceinline__ float liftc_reciprocal(float value) {
+  float inverse;
+  asm("rcp.approx.f32 %0, %1;" : "=f"(inverse) : "f"(value));
+  return inverse;
+}
+#endif
+"""
+"""To a unit in the last place, without a branch, so that they can be computed beside the products."""
+
 Z_SCALE = r"""
-__device__ __forceinline__ float liftc_z_scale(float squares, float bound) {
-  const float scale = __fmul_rn(__fsqrt_rn(squares), __fdiv_rn(bound, 16383.0f));
+__device__ __forceinline__ float liftc_z_scale(float squares, float step) {
+  const float scale = __fmul_rn(liftc_root(squares), step);
   if (!(squares <= 3.402823466e38f && scale <= 3.402823466e38f)) return __int_as_float(0x7fc00000);
   return squares < 0x1p-100f || scale < 0x1p-100f ? 0.0f : scale;
 }
+__device__ __forceinline__ float liftc_inverse(float scale) { return scale > 0.0f ? liftc_reciprocal(scale) : 0.0f; }
 """
-"""The step of z from the sum of squares of a token: NaN where it is not finite, 0 where it is next to nothing."""
+"""The step of z from the sum of squares of a token and the step at norm 1: NaN where it is not finite, 0 where it is
+next to nothing; what results are multiplied with, 0 for these two."""
+
+PLACE = r"""
+__device__ __forceinline__ int liftc_place(int k, int column, int columns, int pieces) {
+  const int quarter = k >> 6 & 3;
+  const int piece = pieces == 4 ? quarter : quarter * 4 + (k >> 2 & 3);
+  const int at = pieces == 4 ? k & 63 : (k >> 4 & 3) * 4 + (k & 3);
+  return (((k >> 8) * pieces + piece) * columns + column) * (pieces == 4 ? 64 : 16) + at;
+}
+"""
+"""Where the high byte of z of column k is in both layouts of planes; the low one is one column on."""
 
 ROUND = r"""
-__device__ __forceinline__ int liftc_round(float value, float scale, void* planes, int k, int column,
-                                           int columns, int pieces) {
-  int z = scale > 0.0f ? __float2int_rn(value * (1.0f / scale)) : 0;
+__device__ __forceinline__ int liftc_round(float value, float inverse, void* high, int next) {
+  int z = __float2int_rn(value * inverse);
   z = z < -16383 ? -16383 : z > 16383 ? 16383 : z;
-  const int wide = 256 / pieces, piece = pieces == 4 ? k / 64 % 4 : k / 64 % 4 * 4 + k / 4 % 4;
-  const int at = pieces == 4 ? k % 64 : k / 16 % 4 * 4 + k % 4;
-  signed char* to = static_cast<signed char*>(planes);
-  to += (static_cast<long long>(k / 256 * pieces + piece) * columns + column) * wide + at;
+  signed char* to = static_cast<signed char*>(high);
   to[0] = static_cast<signed char>((z + 128) >> 8);
-  to[wide] = static_cast<signed char>(z);
+  to[next] = static_cast<signed char>(z);
   return z;
 }
 """
-"""z of one value and the step, stored as its two bytes at column k of both layouts of planes."""
+"""z of a value, stored as two bytes `next` apart; 0 for one that is not a number, as it is times an inverse of 0."""
+
+STAGE_Z = r"""
+__device__ __forceinline__ int liftc_stage_z(const void* part, int chains, float inverse, void* out, int wide,
+                                             int lane) {
+  const float* p = static_cast<const float*>(part);
+  short* to = static_cast<short*>(out) + lane % 4 * 2 * wide + lane / 4;
+  int total = 0;
+#pragma unroll
+  for (int q = 0; q < 4; ++q) {
+    int z = __float2int_rn(liftc_total(p + q, chains) * inverse);
+    z = z < -16383 ? -16383 : z > 16383 ? 16383 : z;
+    to[q % 2 * wide + q / 2 * 8] = static_cast<short>(z);
+    total += z;
+  }
+  return total;
+}
+"""
+"""z of four of 16 x 8 results, stored as int16 (8, wide); returns their sum. 0 for results that are no numbers, as they
+are times an inverse of 0, and for those that are padding."""
+
+STORE_ROWS = r"""
+__device__ __forceinline__ void liftc_store_rows(const void* staged, int group, int wide, int tokens, int row0,
+                                                 int rows, int first, int lifted, void* planes, int column,
+                                                 int columns, int pieces, int lane) {
+  const int words = wide / 4 + 1, all = 8 * words * group * 2;
+#pragma unroll
+  for (int turn = 0; turn < (all + 31) / 32; ++turn) {
+    const int i = turn * 32 + lane, low = i & 1, token = i / 2 % group;
+    const int word = i / (2 * group) % words, row = i / (2 * group * words);
+    if (i >= all || row0 + row >= rows || token >= tokens) continue;
+    const int begin = (row0 + row) * lifted + first, k = (begin & ~3) + word * 4, c = k - begin;
+    const short* z = static_cast<const short*>(staged) + (token * 8 + row) * wide + c;
+    const int most = lifted - first < wide ? lifted - first : wide;
+    unsigned bytes = 0;
+#pragma unroll
+    for (int e = 0; e < 4; ++e)
+      if (c + e >= 0 && c + e < most) bytes |= (low ? z[e] & 255u : (z[e] + 128) >> 8 & 255u) << 8 * e;
+    const int quarter = k >> 6 & 3;
+    const int piece = pieces == 4 ? quarter : quarter * 4 + (k >> 2 & 3);
+    const int at = pieces == 4 ? k & 63 : (k >> 4 & 3) * 4;
+    signed char* to = static_cast<signed char*>(planes) + at +
+        (((k >> 8) * pieces + piece) * columns + column + 2 * token + low) * (pieces == 4 ? 64 : 16);
+    if (c >= 0 && c + 4 <= most) {
+      *reinterpret_cast<unsigned*>(to) = bytes;
+    } else {
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        if (c + e >= 0 && c + e < most) to[e] = static_cast<signed char>(bytes >> 8 * e);
+    }
+  }
+}
+"""
+"""Staged z (group, 8, wide) of rows row0 to row0 + 7, columns `first` on, to both layouts of planes, four bytes at a
+time where they are whole. Lanes side by side have the two bytes of a z and its neighbours, which lie together: what
+costs time is how many runs of 32 bytes a store touches."""
+
+Z_GUARD = f"\n#ifndef LIFTC_Z_SCALE\n#define LIFTC_Z_SCALE\n{Z_SCALE}#endif\n"
 
 DEVICE: dict[str, tuple[str, str]] = {
+    "barrier_await": (group_device.BARRIER_AWAIT, ""),
+    "barrier_expect": (group_device.BARRIER_EXPECT, ""),
+    "barrier_init": (device.BARRIER_INIT, ""),
+    "barrier_signal": (group_device.BARRIER_SIGNAL, ""),
+    "cluster_leave": (group_device.CLUSTER_LEAVE, ""),
     "dependent_start": (device.DEPENDENT_START, ""),
     "dependent_wait": (device.DEPENDENT_WAIT, ""),
+    "fence_init": (group_device.FENCE_INIT, ""),
     "gate_x8": (BF16, ""),
+    "inverse": (ROOTS + Z_GUARD, "float32"),
     "load_words": (LOAD_WORDS, ""),
     "load_x8": (LOAD_X8, ""),
+    "mixed_words": (BF16, ""),
     "mma_bf16": (MMA_BF16, ""),
     "norm_x8": (BF16, ""),
     "prefetch": (device.PREFETCH, ""),
+    "place": (PLACE, "int32"),
     "round": (ROUND, "int32"),
+    "stage_z": (BF16 + STAGE_Z, "int32"),
+    "store_rows": (STORE_ROWS, ""),
+    "total": (BF16, "float32"),
     "split_x4": (BF16, "float32"),
     "squares_x8": (BF16, "float32"),
-    "store_mixed": (BF16, ""),
+    "share": (PEERS, ""),
     "warp_add": (device.WARP_ADD, ""),
-    "warp_sum": (WARP_SUM, ""),
-    "z_scale": (Z_SCALE, "float32"),
+    "warp_sum": (PEERS + WARP_SUM, ""),
+    "z_scale": (ROOTS + Z_GUARD, "float32"),
 }
 """Source and result type of the device functions."""
 

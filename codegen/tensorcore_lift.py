@@ -24,8 +24,10 @@ from tvm.script import tirx as T
 
 from liftc.codegen.knobs import LiftKnobs
 from liftc.codegen.lift_device import call
+from liftc.spec import Z_MAX
 
 KINDS = {"float32": 0, "float16": 1, "bfloat16": 2}
+ROLLED = {"disable_unroll": True}
 FORMS = ("plain", "norm", "gate")
 
 
@@ -54,12 +56,17 @@ def lift_planes(symbol: str, dtype: str, knobs: LiftKnobs, form: str = "plain") 
     KIND = KINDS[dtype]
     RAW = 8 if KIND == 0 else 4
     ITEMS = GROUP * UNITS
-    DEPTH = knobs.left_depth
+    DEPTH, KEPT = knobs.left_depth, knobs.left_kept
+    CLUSTER = knobs.cluster
+    DIRECT = knobs.direct()
+    CHAINS = 2 if ITEMS * TILES <= 2 else 1  # sums of one product that do not wait for each other
+    SUMS = 8 * CHAINS
     KA_MOST = (knobs.most_left + 15) // 16
     KJ_MOST = (knobs.most_right + 31) // 32 * 2
-
-    def unit_of(turn: Any, u: Any, warp: Any) -> Any:
-        return (turn * UNITS + u) * WARPS + warp
+    # What a block does at most once, whatever the factors, needs no loop.
+    ONE_TURN = -(-2 * KA_MOST // CLUSTER) <= WARPS * UNITS
+    ONE_STEP = KJ_MOST // 2 <= AHEAD
+    ALL_KEPT = -(-((knobs.most_left + 7) // 8) // CLUSTER) <= WARPS * UNITS
 
     def slot(t: Any, u: Any, s: Any) -> Any:
         return ((t * UNITS + u) * AHEAD + s) * RAW
@@ -97,33 +104,47 @@ def lift_planes(symbol: str, dtype: str, knobs: LiftKnobs, form: str = "plain") 
         totals = T.match_buffer(totals_arg, (P, m), "int32", align=4)
         z_scale = T.match_buffer(z_scale_arg, (m, 1), "float32", align=4)
         T.device_entry()
+        if CLUSTER > 1:
+            T.cta_id_in_cluster([CLUSTER])
         bx = T.cta_id([grid])
         tx = T.thread_id([THREADS])
         T.attr(0, "tirx.launch_bounds_min_blocks_per_sm", knobs.blocks_per_processor)
         pool = T.SMEMPool()
-        right_s = pool.alloc((TILES * KJ_MOST * 256,), "uint32", align=16)
+        right_s = pool.alloc((knobs.right_bytes() // 4,), "uint32", align=16)
         mixed = pool.alloc((GROUP * TILES * KA_MOST * 256,), "uint32", align=16)
-        squares = pool.alloc((2 * GROUP * WARPS,), "float32", align=16)
+        squares = pool.alloc((GROUP * WARPS * (CLUSTER + 1),), "float32", align=16)
         sums = pool.alloc((GROUP,), "int32", align=16)
+        places = pool.alloc((4 * THREADS,), "int32", align=16) if DIRECT else sums
+        ready = pool.alloc(
+            (1,), "uint64", align=16
+        )  # P' and the squares of all blocks of the cluster are there
+        kept = pool.alloc((UNITS * KEPT * WARPS * 128,), "uint32", align=16) if KEPT > 0 else mixed
         pool.commit(knobs.shared_bytes())
         raw = T.alloc_local((ITEMS * AHEAD * RAW,), "uint32")
         raw_up = T.alloc_local(((ITEMS * AHEAD if form == "gate" else 1) * RAW,), "uint32")
         root = T.alloc_local((GROUP,), "float32")
         w = T.alloc_local((TILES * 8,), "uint32")
-        b = T.alloc_local((8,), "uint32")
-        part = T.alloc_local((ITEMS * TILES * 8,), "float32")
-        rows = T.alloc_local((DEPTH * 4,), "uint32")
+        b = T.alloc_local((max(UNITS, 1) * 4,), "uint32")
+        part = T.alloc_local((ITEMS * TILES * SUMS,), "float32")
+        rows = T.alloc_local((UNITS * DEPTH * 4,), "uint32")
+        source = T.alloc_local((UNITS,), "int32")
+        there = T.alloc_local((ITEMS,), "int32")
         norm = T.alloc_local((GROUP,), "float32")
+        total = T.alloc_local((GROUP,), "int32")
+        place = T.alloc_local((4,), "int32")
 
         IC: T.let[T.int32] = XC // 2 if form == "gate" else XC
         lane: T.let[T.int32] = tx % 32
         warp: T.let[T.int32] = tx // 32
-        which: T.int32 = T.truncmod(bx, P)
-        token0: T.int32 = T.truncdiv(bx, P) * GROUP
+        which: T.int32 = bx if knobs.tokens == 1 else T.truncmod(bx, P)
+        token0: T.int32 = 0 if knobs.tokens == 1 else T.truncdiv(bx, P) * GROUP
         row_block: T.int32 = T.truncmod(which, row_blocks)
+        rank: T.int32 = row_block % CLUSTER
         tile0: T.int32 = T.truncdiv(which, row_blocks) * TILES
         n0: T.int32 = T.truncdiv(row_block * NT, row_blocks)
         n1: T.int32 = T.truncdiv((row_block + 1) * NT, row_blocks)
+        u0: T.int32 = rank * (2 * KA) // CLUSTER  # the units of X that this block mixes for its cluster
+        u1: T.int32 = (rank + 1) * (2 * KA) // CLUSTER
         if START == 0:
             call("dependent_start")
         vectors: T.int32 = T.min(CT - tile0, TILES) * KJ * 64
@@ -133,16 +154,87 @@ def lift_planes(symbol: str, dtype: str, knobs: LiftKnobs, form: str = "plain") 
                 right.ptr_to([tile0, 0, 0, 0, (i * THREADS + tx) * 4]),
                 16,
             )
+        if TILES > 1:
+            for i in T.serial((TILES * KJ * 64 - vectors - tx + THREADS - 1) // THREADS):
+                for q in T.unroll(4):  # what results past the last column are made of
+                    right_s[(vectors + i * THREADS + tx) * 4 + q] = T.uint32(0)
+        for r in T.unroll(UNITS):
+            for g in T.unroll(KEPT):
+                at_kept: T.let[T.int32] = ((r * KEPT + g) * WARPS + warp) * 128 + lane * 4
+                if g < KA and n0 + r * WARPS + warp < n1:
+                    T.ptx["cp.async.cg.shared.global"](
+                        kept.ptr_to([at_kept]), left.ptr_to([n0 + r * WARPS + warp, g, lane, 0]), 16
+                    )
+                else:
+                    for q in T.unroll(4):
+                        kept[at_kept + q] = T.uint32(0)
         T.ptx["cp.async.commit_group"]()
-        for i in T.serial((n1 - n0 - warp + WARPS - 1) // WARPS):
-            call("prefetch", left.ptr_to([n0 + i * WARPS + warp, 0, 0, 0]), KA * 512, lane)
-        largest: T.float32 = bound[0]
+        if KEPT < KA_MOST:
+            for i in T.serial((n1 - n0 - warp + WARPS - 1) // WARPS):
+                call("prefetch", left.ptr_to([n0 + i * WARPS + warp, 0, 0, 0]), KA * 512, lane)
+
+        unit_scale: T.float32 = bound[0] * T.float32(1 / Z_MAX)
         if tx < GROUP:
             sums[tx] = 0
+        if CLUSTER > 1:
+            if tx == 0:
+                call("barrier_init", ready.ptr_to([0]), WARPS + 1)
+                call("fence_init")
+                call(
+                    "barrier_expect",
+                    ready.ptr_to([0]),
+                    GROUP * (TILES * (2 * KA - u1 + u0) * 512 + (CLUSTER - 1) * WARPS * 4),
+                )
+
+        @T.inline
+        def seek(turn, step):  # where the pieces of x of these units begin, and which of them are there
+            for u in T.unroll(UNITS):
+                unit0: T.let[T.int32] = u0 + (turn * UNITS + u) * WARPS + warp
+                a: T.let[T.int32] = unit0 * 8 + lane // 4
+                j: T.let[T.int32] = step * (AHEAD * 32) + lane % 4 * 8
+                source[u] = a * t2 + j
+                most: T.int32 = T.min(t2 - j, IC - source[u])
+                if unit0 >= u1 or a >= t1:
+                    most = 0
+                for t in T.unroll(GROUP):
+                    there[t * UNITS + u] = T.Select(token0 + t < m, most, 0)
+
+        @T.inline
+        def locate(i):  # where the bytes of z of these rows go; -1 where there are none
+            for q in T.unroll(4):
+                row: T.let[T.int32] = (n0 + i * WARPS + warp) * 8 + lane % 4 * 2 + q % 2
+                column: T.let[T.int32] = tile0 * 16 + lane // 4 + q // 2 * 8
+                place[q] = -1
+                if row < T.min(t1, n1 * 8) and column < C:
+                    place[q] = call("place", row * C + column, 2 * token0, COLS, PIECES)
+
+        @T.inline
+        def bring(i, first):  # operands of left, from `first` on, of these rows of T* x
+            for r in T.unroll(UNITS):
+                tile: T.let[T.int32] = n0 + (i * UNITS + r) * WARPS + warp
+                for g in T.unroll(DEPTH):
+                    for q in T.unroll(4):
+                        rows[(r * DEPTH + g) * 4 + q] = T.uint32(0)
+                    if tile < n1 and first + g < KA:
+                        call(
+                            "load_words",
+                            left.ptr_to([tile, first + g, lane, 0]),
+                            rows.ptr_to([(r * DEPTH + g) * 4]),
+                        )
+
+        seek(0, 0)
+        if DIRECT:  # known before x is there; waits in shared memory, registers being short
+            locate(0)
+            for q in T.unroll(4):
+                places[q * THREADS + tx] = place[q]
+        if KEPT < KA_MOST:
+            bring(0, KEPT)
         T.ptx["cp.async.wait_group"](0)
+        if CLUSTER > 1:
+            call("cluster_leave")  # no block writes to the shared memory of another before that has begun
+        T.cuda.cta_sync()
         if knobs.dependent_launch:
             call("dependent_wait")
-        T.cuda.cta_sync()
 
         if form == "norm":
             for t in T.unroll(GROUP):
@@ -156,183 +248,246 @@ def lift_planes(symbol: str, dtype: str, knobs: LiftKnobs, form: str = "plain") 
                         raw.ptr_to([0]),
                     )
                     root[t] = root[t] + call("squares_x8", raw.ptr_to([0]), KIND)
-                call("warp_sum", root[t], squares.ptr_to([(GROUP + t) * WARPS + warp]), lane)
+                at_root: T.let[T.int32] = (GROUP * CLUSTER + t) * WARPS + warp
+                call("warp_sum", root[t], squares.ptr_to([at_root]), lane, ready.ptr_to([0]), 0, 1)
             T.cuda.cta_sync()
             for t in T.unroll(GROUP):
                 root[t] = T.float32(0)
                 for q in T.unroll(WARPS):
-                    root[t] = root[t] + squares[(GROUP + t) * WARPS + q]
+                    root[t] = root[t] + squares[(GROUP * CLUSTER + t) * WARPS + q]
                 root[t] = T.rsqrt(root[t] * (T.float32(1) / T.Cast("float32", IC)) + eps)
+
+        @T.inline
+        def mix(step, scaled):  # the pieces that have been loaded, with right
+            for s in T.unroll(AHEAD):
+                # Past the last piece x is zero, and right must be finite.
+                piece: T.let[T.int32] = T.min(step * AHEAD + s, KJ // 2 - 1)
+                for t in T.unroll(GROUP):
+                    for u in T.unroll(UNITS):
+                        k1: T.let[T.int32] = source[u] + s * 32
+                        if form == "norm":
+                            call(
+                                "norm_x8",
+                                raw.ptr_to([slot(t, u, s)]),
+                                gain.ptr_to([T.Select(s * 32 < there[t * UNITS + u], k1, 0)]),
+                                root[t],
+                                KIND,
+                            )
+                        if form == "gate":
+                            call("gate_x8", raw.ptr_to([slot(t, u, s)]), raw_up.ptr_to([slot(t, u, s)]), KIND)
+                for half in T.unroll(2):
+                    if scaled:
+                        T.cuda.cta_sync()  # or all loads are brought forward, and registers spill
+                    for c in T.unroll(TILES):
+                        for part_of in T.unroll(2):
+                            call(
+                                "load_words",
+                                right_s.ptr_to(
+                                    [((c * KJ + piece * 2 + half) * 2 + part_of) * 128 + lane * 4]
+                                ),
+                                w.ptr_to([c * 8 + part_of * 4]),
+                            )
+                    for t in T.unroll(GROUP):
+                        for u in T.unroll(UNITS):
+                            k2: T.let[T.int32] = source[u] + s * 32 + half * 4
+                            norm[t] = norm[t] + call(
+                                "split_x4",
+                                raw.ptr_to([slot(t, u, s)]),
+                                KIND,
+                                half,
+                                in_scale.ptr_to([k2]),
+                                scaled,
+                                there[t * UNITS + u] - s * 32,
+                                b.ptr_to([0]),
+                            )
+                            for c in T.unroll(TILES):
+                                at: T.let[T.int32] = ((t * UNITS + u) * TILES + c) * SUMS + half % CHAINS * 8
+                                mma(part.ptr_to([at]), w.ptr_to([c * 8]), b[0], b[1])
+                                mma(part.ptr_to([at + 4]), w.ptr_to([c * 8 + 4]), b[0], b[1])
+                                if KIND != 2 or scaled:
+                                    mma(part.ptr_to([at + 4]), w.ptr_to([c * 8]), b[2], b[3])
 
         # P' for the rows a of X: 8 of them to a unit, units in turn by warp.
         for t in T.unroll(GROUP):
             norm[t] = T.float32(0)
-        for turn in T.serial((2 * KA + WARPS * UNITS - 1) // (WARPS * UNITS)):
-            for q in T.unroll(ITEMS * TILES * 8):
+        for turn in T.serial(1 if ONE_TURN else (u1 - u0 + WARPS * UNITS - 1) // (WARPS * UNITS)):
+            for q in T.unroll(ITEMS * TILES * SUMS):
                 part[q] = T.float32(0)
-            for step in T.serial((KJ // 2 + AHEAD - 1) // AHEAD):
+            for step in T.serial(1 if ONE_STEP else (KJ // 2 + AHEAD - 1) // AHEAD):
+                if not (ONE_TURN and ONE_STEP):
+                    if turn + step > 0:
+                        seek(turn, step)
                 for s in T.unroll(AHEAD):
                     for t in T.unroll(GROUP):
                         for u in T.unroll(UNITS):
-                            a: T.let[T.int32] = unit_of(turn, u, warp) * 8 + lane // 4
-                            j: T.let[T.int32] = (step * AHEAD + s) * 32 + lane % 4 * 8
                             call(
-                                "load_x8",
-                                x.ptr_to([token0 + t, a * t2 + j]),
-                                KIND,
-                                T.Cast(
-                                    "int32",
-                                    T.And(T.And(a < t1, j < t2), T.And(a * t2 + j < IC, token0 + t < m)),
-                                ),
-                                raw.ptr_to([slot(t, u, s)]),
-                            )
+                                "load_x8", x.ptr_to([token0 + t, source[u] + s * 32]), KIND,
+                                there[t * UNITS + u] - s * 32, raw.ptr_to([slot(t, u, s)]),
+                            )  # fmt: skip
                             if form == "gate":
                                 call(
-                                    "load_x8",
-                                    x.ptr_to([token0 + t, IC + a * t2 + j]),
-                                    KIND,
-                                    T.Cast(
-                                        "int32",
-                                        T.And(T.And(a < t1, j < t2), T.And(a * t2 + j < IC, token0 + t < m)),
-                                    ),
-                                    raw_up.ptr_to([slot(t, u, s)]),
-                                )
-                for s in T.unroll(AHEAD):
-                    if step * AHEAD + s < KJ // 2:
-                        for t in T.unroll(GROUP):
-                            for u in T.unroll(UNITS):
-                                k1: T.let[T.int32] = (
-                                    (unit_of(turn, u, warp) * 8 + lane // 4) * t2
-                                    + (step * AHEAD + s) * 32 + lane % 4 * 8
+                                    "load_x8", x.ptr_to([token0 + t, IC + source[u] + s * 32]), KIND,
+                                    there[t * UNITS + u] - s * 32, raw_up.ptr_to([slot(t, u, s)]),
                                 )  # fmt: skip
-                                if form == "norm":
-                                    call(
-                                        "norm_x8",
-                                        raw.ptr_to([slot(t, u, s)]),
-                                        gain.ptr_to([T.Select(k1 < IC, k1, 0)]),
-                                        root[t],
-                                        KIND,
-                                    )
-                                if form == "gate":
-                                    call(
-                                        "gate_x8",
-                                        raw.ptr_to([slot(t, u, s)]),
-                                        raw_up.ptr_to([slot(t, u, s)]),
-                                        KIND,
-                                    )
-                        for half in T.unroll(2):
-                            for c in T.unroll(TILES):
-                                for part_of in T.unroll(2):
-                                    call(
-                                        "load_words",
-                                        right_s.ptr_to(
-                                            [
-                                                ((c * KJ + (step * AHEAD + s) * 2 + half) * 2 + part_of) * 128
-                                                + lane * 4
-                                            ]
-                                        ),
-                                        w.ptr_to([c * 8 + part_of * 4]),
-                                    )
-                            for t in T.unroll(GROUP):
-                                for u in T.unroll(UNITS):
-                                    a2: T.let[T.int32] = unit_of(turn, u, warp) * 8 + lane // 4
-                                    k2: T.let[T.int32] = (
-                                        a2 * t2 + (step * AHEAD + s) * 32 + lane % 4 * 8 + half * 4
-                                    )
-                                    norm[t] = norm[t] + call(
-                                        "split_x4",
-                                        raw.ptr_to([slot(t, u, s)]),
-                                        KIND,
-                                        half,
-                                        in_scale.ptr_to([T.Select(T.And(SC > 1, k2 < IC), k2, 0)]),
-                                        T.Cast("int32", SC > 1),
-                                        b.ptr_to([0]),
-                                    )
-                                    for c in T.unroll(TILES):
-                                        at: T.let[T.int32] = ((t * UNITS + u) * TILES + c) * 8
-                                        mma(part.ptr_to([at]), w.ptr_to([c * 8]), b[0], b[1])
-                                        mma(part.ptr_to([at + 4]), w.ptr_to([c * 8 + 4]), b[0], b[1])
-                                        if KIND != 2 or SC > 1:
-                                            mma(part.ptr_to([at + 4]), w.ptr_to([c * 8]), b[2], b[3])
+                if SC > 1:
+                    mix(step, True)
+                else:
+                    mix(step, False)
             for t in T.unroll(GROUP):
                 for u in T.unroll(UNITS):
-                    unit: T.let[T.int32] = unit_of(turn, u, warp)
+                    unit: T.let[T.int32] = u0 + (turn * UNITS + u) * WARPS + warp
                     for c in T.unroll(TILES):
-                        if unit < 2 * KA:
+                        if unit < u1:
                             call(
-                                "store_mixed",
-                                part.ptr_to([((t * UNITS + u) * TILES + c) * 8]),
+                                "mixed_words",
+                                part.ptr_to([((t * UNITS + u) * TILES + c) * SUMS]),
+                                CHAINS,
+                                w.ptr_to([0]),
+                            )
+                            call(
+                                "share",
+                                w.ptr_to([0]),
                                 mixed.ptr_to(
                                     [((t * TILES + c) * KA + unit // 2) * 256 + lane * 4 + unit % 2 * 2]
                                 ),
+                                ready.ptr_to([0]),
+                                rank,
+                                CLUSTER,
                             )
-
-        @T.inline
-        def bring(tile, depth):
-            for g in T.unroll(DEPTH):
-                if tile < n1 and depth * DEPTH + g < KA:
-                    call("load_words", left.ptr_to([tile, depth * DEPTH + g, lane, 0]), rows.ptr_to([g * 4]))
 
         if START == 1:
             call("dependent_start")
-        bring(n0 + warp, 0)
         for t in T.unroll(GROUP):
-            call("warp_sum", norm[t], squares.ptr_to([t * WARPS + warp]), lane)
-        T.cuda.cta_sync()
+            call(
+                "warp_sum",
+                norm[t],
+                squares.ptr_to([(t * CLUSTER + rank) * WARPS + warp]),
+                lane,
+                ready.ptr_to([0]),
+                rank,
+                CLUSTER,
+            )
+        if CLUSTER > 1:
+            T.cuda.warp_sync()
+            if lane == 0:
+                call("barrier_signal", ready.ptr_to([0]))
+            call("barrier_await", ready.ptr_to([0]), 0)
+        else:
+            T.cuda.cta_sync()
+
+        @T.inline
+        def multiply(g, chain, words, apart, first):  # P' and operand g of left; zero past the last one
+            for t in T.unroll(GROUP):
+                for c in T.unroll(TILES):
+                    for part_of in T.unroll(2):
+                        call(
+                            "load_words",
+                            mixed.ptr_to(
+                                [((t * TILES + c) * KA + T.min(g, KA - 1)) * 256 + part_of * 128 + lane * 4]
+                            ),
+                            w.ptr_to([part_of * 4]),
+                        )
+                    for r in T.unroll(UNITS):
+                        at: T.let[T.int32] = ((t * UNITS + r) * TILES + c) * SUMS
+                        word: T.let[T.int32] = r * apart + first
+                        mma(
+                            part.ptr_to([at + chain % CHAINS * 8]),
+                            w.ptr_to([0]),
+                            words[word],
+                            words[word + 1],
+                        )
+                        mma(part.ptr_to([at + 4]), w.ptr_to([4]), words[word], words[word + 1])
+                        mma(part.ptr_to([at + SUMS - 4]), w.ptr_to([0]), words[word + 2], words[word + 3])
+
+        @T.inline
+        def multiply_rows(i, first, brought):  # with all operands for these rows, from `first` on from L2
+            for depth in T.serial(
+                1 if first + DEPTH >= KA_MOST else (KA - first + DEPTH - 1) // DEPTH, annotations=ROLLED
+            ):
+                if depth >= brought:
+                    bring(i, first + depth * DEPTH)
+                for g in T.unroll(DEPTH):
+                    multiply(first + depth * DEPTH + g, g, rows, DEPTH * 4, g * 4)
+
+        @T.inline
+        def store(i):  # z of one tile of these rows of one token
+            total[0] = 0
+            if i > 0:
+                locate(i)
+            else:
+                for q in T.unroll(4):
+                    place[q] = places[q * THREADS + tx]
+            for q in T.unroll(4):
+                if place[q] >= 0:
+                    total[0] = total[0] + call(
+                        "round",
+                        call("total", part.ptr_to([q]), CHAINS),
+                        norm[0],
+                        planes.ptr_to([0, 0, 0, place[q]]),
+                        WIDE,
+                    )
+            call("warp_add", sums.ptr_to([0]), total[0], lane)
+
+        @T.inline
+        def store_together(i):  # through shared memory, where right was, into the order in which z is stored
+            for r in T.unroll(UNITS):
+                for t in T.unroll(GROUP):
+                    total[t] = 0 if r == 0 else total[t]
+                    for c in T.unroll(TILES):
+                        total[t] = total[t] + call(
+                            "stage_z",
+                            part.ptr_to([((t * UNITS + r) * TILES + c) * SUMS]),
+                            CHAINS,
+                            norm[t],
+                            right_s.ptr_to([(warp * GROUP + t) * (TILES * 64) + c * 8]),
+                            TILES * 16,
+                            lane,
+                        )
+                T.cuda.warp_sync()
+                call(
+                    "store_rows", right_s.ptr_to([warp * (GROUP * TILES * 64)]), GROUP, TILES * 16,
+                    T.min(m - token0, GROUP), (n0 + (i * UNITS + r) * WARPS + warp) * 8, T.min(t1, n1 * 8),
+                    tile0 * 16, C, planes.ptr_to([0, 0, 0, 0]), 2 * token0, COLS, PIECES, lane,
+                )  # fmt: skip
+                T.cuda.warp_sync()
+            for t in T.unroll(GROUP):
+                call("warp_add", sums.ptr_to([t]), total[t], lane)
+
+        # Z' for the rows of T* x: 8 of them to a unit, units in turn by warp, the first with what waits beside P'.
+        for q in T.unroll(ITEMS * TILES * SUMS):
+            part[q] = T.float32(0)
+        for g in T.unroll(KEPT):
+            for r in T.unroll(UNITS):
+                call(
+                    "load_words",
+                    kept.ptr_to([((r * KEPT + g) * WARPS + warp) * 128 + lane * 4]),
+                    b.ptr_to([r * 4]),
+                )
+            multiply(g, g, b, 4, 0)
+        if KEPT < KA_MOST:
+            multiply_rows(0, KEPT, 1)
         for t in T.unroll(GROUP):
             norm[t] = T.float32(0)
-            for q in T.unroll(WARPS):
-                norm[t] = norm[t] + squares[t * WARPS + q]
-            norm[t] = call("z_scale", norm[t], largest)
+            for q in T.unroll(WARPS * CLUSTER):
+                norm[t] = norm[t] + squares[t * CLUSTER * WARPS + q]
+            norm[t] = call("z_scale", norm[t], unit_scale)
             if which == 0 and tx == 0 and token0 + t < m:
                 z_scale[token0 + t, 0] = norm[t]
-
-        # Z' for the rows of T* x: 8 of them to a warp at a time.
-        for i in T.serial((n1 - n0 - warp + WARPS - 1) // WARPS):
-            for q in T.unroll(GROUP * TILES * 8):
+            norm[t] = call("inverse", norm[t])
+        if DIRECT:
+            store(0)
+        else:
+            store_together(0)
+        for i in T.serial(
+            0 if ALL_KEPT else (n1 - n0 - warp + WARPS * UNITS - 1) // (WARPS * UNITS) - 1, annotations=ROLLED
+        ):
+            for q in T.unroll(ITEMS * TILES * SUMS):
                 part[q] = T.float32(0)
-            for depth in T.serial((KA + DEPTH - 1) // DEPTH):
-                if i + depth > 0:
-                    bring(n0 + i * WARPS + warp, depth)
-                for g in T.unroll(DEPTH):
-                    if depth * DEPTH + g < KA:
-                        for t in T.unroll(GROUP):
-                            for c in T.unroll(TILES):
-                                for part_of in T.unroll(2):
-                                    call(
-                                        "load_words",
-                                        mixed.ptr_to(
-                                            [
-                                                ((t * TILES + c) * KA + depth * DEPTH + g) * 256
-                                                + part_of * 128
-                                                + lane * 4
-                                            ]
-                                        ),
-                                        w.ptr_to([part_of * 4]),
-                                    )
-                                at4: T.let[T.int32] = (t * TILES + c) * 8
-                                mma(part.ptr_to([at4]), w.ptr_to([0]), rows[g * 4], rows[g * 4 + 1])
-                                mma(part.ptr_to([at4 + 4]), w.ptr_to([4]), rows[g * 4], rows[g * 4 + 1])
-                                mma(part.ptr_to([at4 + 4]), w.ptr_to([0]), rows[g * 4 + 2], rows[g * 4 + 3])
-            for t in T.unroll(GROUP):
-                total: T.int32 = 0
-                for c in T.unroll(TILES):
-                    for q in T.unroll(4):
-                        row: T.let[T.int32] = (n0 + i * WARPS + warp) * 8 + lane % 4 * 2 + q % 2
-                        column: T.let[T.int32] = (tile0 + c) * 16 + lane // 4 + q // 2 * 8
-                        k: T.let[T.int32] = row * C + column
-                        if row < t1 and column < C and token0 + t < m:
-                            total = total + call(
-                                "round",
-                                part[(t * TILES + c) * 8 + q] + part[(t * TILES + c) * 8 + 4 + q],
-                                norm[t],
-                                planes.ptr_to([0, 0, 0, 0]),
-                                k,
-                                2 * (token0 + t),
-                                COLS,
-                                PIECES,
-                            )
-                call("warp_add", sums.ptr_to([t]), total, lane)
+            multiply_rows(i + 1, 0, 0)
+            if DIRECT:
+                store(i + 1)
+            else:
+                store_together(i + 1)
         T.cuda.cta_sync()
         if START == 2:
             call("dependent_start")

@@ -18,7 +18,7 @@ from liftc.runtime.kernels import Kernels
 from liftc.spec import DTYPES
 
 GROUP_COLUMNS = 256
-LIFT_WARPS = 8
+LIFT_PARTS = 8
 """Parts of 8 rows that a block of the lift works on at a time."""
 
 _REFUSALS = (TypeError, ValueError, RuntimeError)
@@ -120,9 +120,10 @@ class PlaneKernels:
         device, t1, (t2, lifted) = x.device, left.shape[0], right.shape
         left_words, right_words, bound = self._words(left, right)
         groups, column_blocks = -(-tokens // spec.block_results), -(-right_words.shape[0] // spec.block_rows)
-        # A warp takes 8 rows of T* x, a block at least one such part for each of its warps.
-        most_row_blocks = -(-left_words.shape[0] // LIFT_WARPS)
-        row_blocks = max(1, min(most_row_blocks, self._processors_of(device) // (groups * column_blocks)))
+        # A block takes at least so many parts of 8 rows of T* x; the blocks of a cluster share the rows.
+        most_row_blocks = -(-left_words.shape[0] // LIFT_PARTS)
+        row_blocks = min(most_row_blocks, self._processors_of(device) // (groups * column_blocks))
+        row_blocks = max(1, row_blocks // spec.cluster_blocks) * spec.cluster_blocks
         parts = row_blocks * column_blocks
         planes = self.empty(x.shape[:-1], tokens, t1 * lifted, device, parts)
         z_scale = torch.empty(tokens, 1, dtype=torch.float32, device=device)

@@ -25,11 +25,16 @@ inline float __shfl_xor_sync(uint, float value, int mask) {
   block::meet(warp);
   return other;
 }
-inline void liftc_load_x8(const void* from, int kind, int inside, void* out) {
+inline float liftc_root(float value) { return std::sqrt(value); }
+inline float liftc_reciprocal(float value) { return 1.0f / value; }
+inline void liftc_load_x8(const void* from, int kind, int there, void* out) {
   size_t size = kind == 0 ? 32 : 16;
   std::memset(out, 0, size);
-  if (inside && reinterpret_cast<uintptr_t>(from) % 16) ++warp::bad_reads;
-  if (inside && warp::inside(from, size)) std::memcpy(out, from, size);
+  if (there > 0 && reinterpret_cast<uintptr_t>(from) % 16) ++warp::bad_reads;
+  if (there > 0 && warp::inside(from, size)) std::memcpy(out, from, size);
+}
+inline float4 liftc_load_floats(const void* from, int there) {
+  return there > 0 ? *static_cast<const float4*>(from) : float4{0, 0, 0, 0};
 }
 inline void liftc_load_words(const void* from, void* out) { std::memcpy(out, from, 16); }
 inline void liftc_mma_bf16(void* sums, const void* first, unsigned b0, unsigned b1) {
@@ -51,3 +56,44 @@ inline void liftc_mma_bf16(void* sums, const void* first, unsigned b0, unsigned 
   }
   block::meet(block::warps[w]);
 }
+
+inline void tvm_builtin_cuda_warp_sync() { block::meet(block::warps[block::current / 32]); }
+namespace cluster {
+static std::map<int, block::Meeting> meetings;
+static int size = 1;  // blocks of one
+static std::map<void*, long> missing;  // bytes, by barrier
+inline uchar* peer(const void* at, int rank) {
+  int mine = block::current / block::block_threads;
+  uchar* pool = reinterpret_cast<uchar*>(pools[mine / size * size + rank].data());
+  return pool + (static_cast<const uchar*>(at) - pool_buf_ptr);
+}
+}  // namespace cluster
+inline uint32_t tvm_builtin_cluster_ctaid_x() { return blockIdx.x % cluster::size; }
+inline void liftc_cluster_leave() {
+  int threads = block::block_threads * cluster::size;
+  block::Meeting& meeting = cluster::meetings[block::current / threads];
+  meeting.size = threads;
+  block::meet(meeting);
+}
+inline void liftc_fence_init() {}
+inline void liftc_barrier_expect(void* at, int bytes) {
+  cluster::missing[at] += bytes;
+  --static_cast<Barrier*>(at)->pending;
+}
+inline void liftc_barrier_await(void* at, int) {
+  while (static_cast<Barrier*>(at)->pending > 0 || cluster::missing[at] != 0) block::give_way();
+}
+inline void liftc_barrier_signal(void* at) { --static_cast<Barrier*>(at)->pending; }
+inline void liftc_share_float(float value, void* at, int to, void* barrier, int rank, int peers) {
+  if (to != rank) cluster::missing[cluster::peer(barrier, to)] -= 4;
+  std::memcpy(to != rank ? cluster::peer(at, to) : at, &value, 4);
+}
+inline void liftc_share(const void* words, void* at, void* barrier, int rank, int peers) {
+  for (int to = 0; to < peers; ++to) {
+    if (peers > 1 && to != rank) cluster::missing[cluster::peer(barrier, to)] -= 16;
+    uchar* there = peers > 1 ? cluster::peer(at, to) : static_cast<uchar*>(at);
+    std::memcpy(there, words, 8);
+    std::memcpy(there + 512, static_cast<const uint32_t*>(words) + 2, 8);
+  }
+}
+extern "C" void set_cluster(int size) { cluster::size = size; }

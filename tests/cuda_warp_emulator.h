@@ -139,7 +139,7 @@ inline int __reduce_max_sync(uint, int value) {
   return top;
 }
 inline void atomicMax(int* at, int value) { *at = std::max(*at, value); }
-inline int __float2int_rn(float value) { return int(std::nearbyint(value)); }
+inline int __float2int_rn(float value) { return value != value ? 0 : int(std::nearbyint(value)); }
 inline float __int_as_float(int bits) { float value; std::memcpy(&value, &bits, 4); return value; }
 
 struct Barrier { int16_t arrivals, pending; int32_t phase; };  // as wide as an mbarrier

@@ -15,6 +15,7 @@ from liftc import kernel_records
 from liftc.codegen import library, search
 from liftc.codegen.best_knobs import (
     ShapeRequest,
+    batches_of,
     best_knobs,
     cpu_choice,
     cuda_choices,
@@ -256,7 +257,9 @@ def test_candidates_fit_and_start_with_the_present_choice(arch: str, limit: int 
             usual = tuned.choices()[family]
             assert present <= {replace(k, pad_bytes=0) if hasattr(k, "pad_bytes") else k for k in usual}
         assert {c.knobs.tokens for c in mine} <= {k.tokens for k in tuned.choices().get(family, ())}
-    assert [c.op for c in search.cuda_candidates(arch, (1,), 3, ops=("lift_planes",))] == ["lift_planes"] * 3
+    serve_one = [k for k in library.LIFT_KNOBS[family] if batches_of(family, "lift_planes", k.tokens)[0] == 1]
+    found = search.cuda_candidates(arch, (1,), 3, ops=("lift_planes",))
+    assert [c.op for c in found] == ["lift_planes"] * 3 * len(serve_one) and serve_one
 
 
 def test_chains_are_read_as_written() -> None:

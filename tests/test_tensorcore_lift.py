@@ -30,11 +30,14 @@ SMALL = {"most_left": 64, "most_right": 128}
 KNOBS = {
     "one": LiftKnobs(1, ahead=2, left_depth=2, warps=2, **SMALL),
     "pair": LiftKnobs(6, group=2, units=1, left_depth=1, warps=3, trigger=1, dependent_launch=True, **SMALL),
+    "kept": LiftKnobs(1, ahead=3, left_depth=1, warps=2, left_kept=2, cluster=2, **SMALL),
+    "shared": LiftKnobs(4, 2, tiles=2, ahead=1, left_depth=1, warps=2, left_kept=4, cluster=3, **SMALL),
     "wide": LiftKnobs(6, 3, tiles=2, units=2, ahead=1, warps=2, trigger=2, dependent_launch=True, **SMALL),
 }
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 KERNELS = [("one", d) for d in DTYPES] + [("pair", "bfloat16"), ("pair", "float32"), ("wide", "float16")]
-FUSED = [("one", "bfloat16"), ("wide", "float16"), ("pair", "float32")]
+KERNELS += [("kept", "bfloat16"), ("shared", "float32")]
+FUSED = [("one", "bfloat16"), ("wide", "float16"), ("pair", "float32"), ("shared", "float16")]
 SHAPES = (
     (72, LiftFormat(19, 8)), (40, LiftFormat(24, 16)), (8, LiftFormat(9, 8)), (608, LiftFormat(40, 16)),
     (800, LiftFormat(48, 24)), (1000, LiftFormat(77, 32)),
@@ -56,7 +59,8 @@ def generated_source() -> str:
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> Emulated:
     folder = tmp_path_factory.mktemp("emulated")
-    helpers = "".join(getattr(lift_device, name) for name in ("SPLIT", "WARP_SUM", "Z_SCALE", "ROUND"))
+    names = ("SPLIT", "WARP_SUM", "Z_SCALE", "STAGE_Z", "STORE_ROWS", "PLACE", "ROUND")
+    helpers = "".join(getattr(lift_device, name) for name in names)
     helpers += tensorcore_device.WARP_ADD
     return Emulated(folder, False, generated_source(), "cuda_lift_emulator.h", helpers)
 
@@ -74,6 +78,8 @@ def run(
         part.view(t.shape)
         for part, t in zip(words.split([t.numel() for t in parts_of]), parts_of, strict=True)
     )
+    row_blocks = -(-row_blocks // knobs.cluster) * knobs.cluster
+    emulated.library.set_cluster(knobs.cluster)
     parts = row_blocks * -(-right_words.shape[0] // knobs.tiles)
     grid = parts * -(-tokens // knobs.group)
     blocks = -(-left.shape[0] * lifted // 256)
