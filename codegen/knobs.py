@@ -250,7 +250,9 @@ TENSOR_CORE_KNOBS: dict[str, tuple[TensorCoreKnobs, ...]] = {
 POPCOUNT_KNOBS: dict[str, tuple[PopcountKnobs, ...]] = {
     "ampere": (PopcountKnobs(1, ring=8),),
     "ada": (PopcountKnobs(1, ring=4, chunk_blocks=80),),
-    "hopper": (PopcountKnobs(1, ring=8, early_tiles=6, first_tiles=2, dependent_launch=True),),
+    "hopper": (
+        PopcountKnobs(1, ring=9, chunk_blocks=112, early_tiles=6, first_tiles=2, dependent_launch=True),
+    ),
 }
 """One token, on chips whose tensor cores count bits: those of sm_100, which share a family with sm_90, and of sm_120 do
 not. Hopper measured on an H100, so that a block of the lift fits beside one of the product; others chosen to fit."""
@@ -268,7 +270,9 @@ _ANY_LIFT = (
     LiftKnobs(16, tiles=2, units=2, left_depth=2, most_right=512, blocks_per_processor=1),
 )
 _SMALL_LIFT = LiftKnobs(1, most_left=64, most_right=128, left_kept=4, left_depth=1, blocks_per_processor=3)
-_LARGE_LIFT = LiftKnobs(1, ahead=7, most_left=128, most_right=224, left_kept=8, left_depth=1, blocks_per_processor=3)
+_LARGE_LIFT = LiftKnobs(
+    1, ahead=7, most_left=128, most_right=224, left_kept=8, left_depth=1, blocks_per_processor=3
+)
 
 LIFT_KNOBS: dict[str, tuple[LiftKnobs, ...]] = {
     family: tuple(

@@ -30,7 +30,7 @@ AXES: dict[str, dict[str, tuple[Any, ...]]] = {
         "ring": (3, 4, 6, 8, 9, 10, 12, 16),
         "early_tiles": (0, 4, 6, 8),
         "first_tiles": (0, 2, 3, 4),
-        "chunk_blocks": (40, 56, 80, 104, 136),
+        "chunk_blocks": (40, 56, 80, 104, 112, 136),
         "warps": (16, 20, 24, 28),
         "block_rows": (24, 32, 40),
     },
