@@ -117,7 +117,7 @@ def _source(templates: Sequence[library.KernelTemplate], pipeline: str) -> str:
     module = tvm.IRModule({t.function.symbol: t.make() for t in templates})
     with _source_only(), target:
         built = tvm.tirx.build(module, target=target, pipeline=pipeline)
-    return _most_shared_memory(str(tvm.backend.cuda.export_cuda_host(built)))
+    return registers_at_launch(_most_shared_memory(str(tvm.backend.cuda.export_cuda_host(built))))
 
 
 SHARED_LIMIT = re.compile(
@@ -137,6 +137,26 @@ def _most_shared_memory(source: str) -> str:
         lambda found: (
             f"{found[0]}\n    if (::tvm_cuda_host_check({carveout.format(found[1])}) != 0) return -1;"
         ),
+        source,
+    )
+
+
+_BOUNDS = re.compile(r"__launch_bounds__\([^)]*\) (\w+)(?=\()")
+_REGISTERS = re.compile(r"liftc_launch_registers\((\d+)\);")
+
+
+def registers_at_launch(source: str) -> str:
+    """Kernels limited to the registers a thread at launch that they ask for (warpgroup_calls.launch_registers).
+
+    TVM knows bounds of threads only, which round to fewer numbers of registers.
+    """
+    wanted: dict[str, str] = {}
+    for part in source.split('extern "C" __global__ void ')[1:]:
+        bounds, asked = _BOUNDS.match(part), _REGISTERS.search(part)
+        if bounds and asked:
+            wanted[bounds[1]] = asked[1]
+    return _BOUNDS.sub(
+        lambda found: f"__maxnreg__({wanted[found[1]]}) {found[1]}" if found[1] in wanted else found[0],
         source,
     )
 

@@ -118,21 +118,28 @@ class BinaryKnobs:
 
     tokens: the most tokens of a call, a multiple of 4. teams: of warp groups, each with its own tiles. lanes: warp
     groups of a team, each with its part of the tokens (whole fours). stage_blocks: blocks of 256 columns of a stage.
-    ring: stages of tiles of four row blocks that a team has in flight, at most 32. cutters: warps that cut z into bits.
+    ring: stages of tiles of four row blocks that a team has in flight, at most 32; first_stages: those of them that it
+    asks for at once, each of the others when one has come (0: all at once), so that loads of the lift wait less.
+    prefetch: stages behind the ring that a team asks into L2 while z is awaited. cutters: warps that cut z into bits.
     z_stages: stages of z in shared memory, at most 32. block_rows: most blocks of 16 rows of one cluster. split: blocks
-    of a cluster, each with its part of the columns. dependent_launch: start while the kernel before still runs.
-    pad_bytes: unused shared memory, to keep blocks apart.
+    of a cluster, each with its part of the columns: 1, 2 or 4. multiply_registers, helper_registers: of a thread of the
+    warps that multiply and of the others, whose number is then a multiple of 4 (0: as many as the compiler gives).
+    dependent_launch: start while the kernel before still runs. pad_bytes: unused shared memory, to keep blocks apart.
     """
 
     tokens: int = 16
-    teams: int = 1
-    lanes: int = 2
+    teams: int = 2
+    lanes: int = 1
     stage_blocks: int = 4
     ring: int = 4
-    cutters: int = 6
+    cutters: int = 5
     z_stages: int = 4
     block_rows: int = 56
     split: int = 2
+    first_stages: int = 1
+    prefetch: int = 0
+    multiply_registers: int = 0
+    helper_registers: int = 0
     dependent_launch: bool = True
     pad_bytes: int = 0
 
@@ -140,14 +147,22 @@ class BinaryKnobs:
         """Of a block: warp groups, a warp that fills the ring of each team, one that copies z, and the cutters."""
         return 32 * (self.teams * (4 * self.lanes + 1) + 1 + self.cutters)
 
+    def launch_registers(self) -> int:
+        """Registers of a thread at launch: enough for what those that multiply and the others then take."""
+        multiply = self.teams * self.lanes * 128
+        both = multiply * self.multiply_registers + (self.threads() - multiply) * self.helper_registers
+        return -(-both // (8 * self.threads())) * 8
+
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block."""
         bits = self.z_stages * self.stage_blocks * self.tokens * 512
         ring = self.teams * self.ring * self.stage_blocks * 2048
-        sums = self.tokens * (-(-self.block_rows // 4) * 64 + 8) * 4
-        totals = 2 * -(-self.tokens // 4) * 16 + -(-self.block_rows // 4) * 256
-        barriers = [self.z_stages] * 3 + [self.teams * self.ring] * 2
-        return bits + ring + sums + totals + sum(-(-n // 2) * 16 for n in barriers) + self.pad_bytes
+        rows = -(-self.block_rows // 4) * 64
+        sums = self.tokens * (rows + 8) * 4
+        scales = 2 * -(-self.tokens // 4) * 16 + (rows // self.split + 16) * 4
+        barriers = [self.z_stages] * 3 + [self.teams * self.ring] * 2 + [self.teams]
+        asked = self.teams * 64
+        return bits + ring + sums + scales + asked + sum(-(-n // 2) * 16 for n in barriers) + self.pad_bytes
 
     def describe(self) -> tuple[str, ...]:
         """One text "name=value" per knob."""
@@ -231,7 +246,7 @@ TENSOR_CORE_KNOBS: dict[str, tuple[TensorCoreKnobs, ...]] = {
         TensorCoreKnobs(8, ring=4, chunk_blocks=6, sets=4),
         TensorCoreKnobs(16, warps=8, ring=4, chunk_blocks=3, block_rows=24, sets=4),
     ),
-    "hopper": (TensorCoreKnobs(4, ring=6, chunk_blocks=32, first_tiles=3, dependent_launch=True),),
+    "hopper": (),
     "server": (
         TensorCoreKnobs(1, ring=6, chunk_blocks=136, dependent_launch=True),
         TensorCoreKnobs(4, ring=6, chunk_blocks=40, dependent_launch=True),
@@ -245,7 +260,8 @@ TENSOR_CORE_KNOBS: dict[str, tuple[TensorCoreKnobs, ...]] = {
         TensorCoreKnobs(16, warps=8, ring=4, chunk_blocks=3, block_rows=24, sets=4, dependent_launch=True),
     ),
 }
-"""Choices per family, fewest tokens first: hopper and server measured on an H100, the others chosen to fit."""
+"""Choices per family, fewest tokens first: server measured on an H100, the others chosen to fit. Hopper has binary
+forms for all of them."""
 
 POPCOUNT_KNOBS: dict[str, tuple[PopcountKnobs, ...]] = {
     "ampere": (PopcountKnobs(1, ring=8),),
@@ -259,11 +275,26 @@ not. Hopper measured on an H100, so that a block of the lift fits beside one of 
 
 BINARY_KNOBS: dict[str, tuple[BinaryKnobs, ...]] = {
     "hopper": (
-        BinaryKnobs(8, teams=2, lanes=1, ring=4, cutters=5, z_stages=8),
-        BinaryKnobs(16, teams=1, lanes=2, ring=4, cutters=6, z_stages=4),
+        BinaryKnobs(
+            4, stage_blocks=8, ring=3, z_stages=5, prefetch=3, multiply_registers=120, helper_registers=56
+        ),
+        BinaryKnobs(
+            8, stage_blocks=5, ring=3, z_stages=5, prefetch=3, multiply_registers=128, helper_registers=48
+        ),
+        BinaryKnobs(
+            16,
+            stage_blocks=3,
+            ring=5,
+            cutters=9,
+            z_stages=4,
+            first_stages=2,
+            multiply_registers=168,
+            helper_registers=48,
+        ),
     ),
 }
-"""More tokens than TENSOR_CORE_KNOBS has, measured on an H100."""
+"""More tokens than POPCOUNT_KNOBS has, measured on an H100: with 4 and 8 a block of the lift fits beside one of the
+product."""
 
 _ANY_LIFT = (
     LiftKnobs(8, blocks_per_processor=2),

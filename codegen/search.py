@@ -39,7 +39,8 @@ AXES: dict[str, dict[str, tuple[Any, ...]]] = {
         "z_stages": (2, 3, 4, 5, 6, 7, 8, 9, 10),
         "ring": (2, 3, 4, 5, 6, 8),
         "teams": (1, 2, 3),
-        "stage_blocks": (2, 3, 4),
+        "stage_blocks": (2, 3, 4, 5, 6, 8),
+        "first_stages": (0, 1, 2),
         "lanes": (1, 2, 4),
         "split": (1, 2),
         "block_rows": (28, 56),
@@ -156,8 +157,10 @@ def _fits(knobs: Any, limit: int) -> bool:
         return bool((accumulators + _REGISTERS_BESIDE) * knobs.warps * 32 <= _REGISTER_FILE)
     if hasattr(knobs, "lanes"):  # one accumulator per row of 8 and bit of a token
         tokens, rest = divmod(knobs.tokens, 4 * knobs.lanes)
-        accumulators = 32 * tokens
-        return not rest and (accumulators + _REGISTERS_BESIDE) * knobs.threads() <= _REGISTER_FILE
+        if rest or knobs.launch_registers() * knobs.threads() > _REGISTER_FILE:
+            return False
+        given = knobs.multiply_registers or _REGISTER_FILE // knobs.threads()
+        return bool(32 * tokens + 4 * knobs.stage_blocks + _REGISTERS_BESIDE // 2 <= given)
     return bool(getattr(knobs, "group", 1) <= knobs.tokens)
 
 

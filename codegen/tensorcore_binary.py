@@ -47,6 +47,8 @@ def sign_matmul_binary(symbol: str, knobs: BinaryKnobs) -> Any:
     COLS = 2 * knobs.tokens
     FOURS = knobs.tokens // 4 // LANES  # of tokens of a warp group: one instruction each
     WINDOW = knobs.z_stages
+    TOKENS = knobs.tokens
+    SHARE = 32 // TOKENS  # parts of a sum of z that a warp loads at a time
     ROWS = -(-knobs.block_rows // 4) * 64
     SUMS = ROWS + 8  # keeps the four tokens of a lane quad in different banks
     WARPS = 4 * TEAMS * LANES
@@ -56,7 +58,8 @@ def sign_matmul_binary(symbol: str, knobs: BinaryKnobs) -> Any:
     SMEM = knobs.shared_bytes()
     STAGE_WORDS = DEPTH * 4 * TILE_WORDS  # four row blocks, DEPTH tiles each
     BLOCK_BYTES = COLS * 256  # planes of 256 columns
-    PIECES = DEPTH * 2 * COLS // 32  # of a stage of z: what a warp cuts at a time
+    AT_ONCE = min(knobs.first_stages, RING) if knobs.first_stages else RING
+    PIECES = -(-DEPTH * 2 * COLS // 32)  # of a stage of z: what a warp cuts at a time
     # No swizzle; matrices of 8 columns x 128 bits in 128 bytes. The next 128 bits of K lie COLS * 16 bytes on, the next
     # eight columns, the next bit of the same four tokens, COLS * 32 bytes on.
     LAYOUT = (COLS << 16) | (2 * COLS << 32)
@@ -91,6 +94,8 @@ def sign_matmul_binary(symbol: str, knobs: BinaryKnobs) -> Any:
         rank = T.cta_id_in_cluster([SPLIT])
         bx = T.cta_id([grid])
         tx = T.thread_id([THREADS])
+        if knobs.multiply_registers > 0:
+            call.launch_registers(knobs.launch_registers())
         pool = T.SMEMPool()
         bits = pool.alloc((WINDOW * DEPTH * COLS * 64,), "uint32", align=128)
         ring = pool.alloc((TEAMS * RING * STAGE_WORDS,), "uint32", align=16)
@@ -102,11 +107,13 @@ def sign_matmul_binary(symbol: str, knobs: BinaryKnobs) -> Any:
         free = pool.alloc((TEAMS * RING,), "uint64", align=16)
         total = pool.alloc((knobs.tokens,), "int32", align=16)
         token_scale = pool.alloc((knobs.tokens,), "float32", align=16)
-        row_scale = pool.alloc((ROWS,), "float32", align=16)
+        row_scale = pool.alloc((ROWS // SPLIT + 16,), "float32", align=16)
+        asked = pool.alloc((TEAMS,), "uint64", align=16)  # the last 16 bytes of stages asked into L2 are here
+        last_bytes = pool.alloc((TEAMS * 16,), "uint32", align=16)
         pool.commit(SMEM)
         acc = T.alloc_local((FOURS * 32,), "uint32")
         a = T.alloc_local((DEPTH * 4,), "uint32")
-        found = T.alloc_local((4,), "int32")
+        found = T.alloc_local((16,), "int32")
 
         lane: T.let[T.int32] = tx % 32
         warp: T.int32 = T.cuda.func_call(
@@ -121,8 +128,8 @@ def sign_matmul_binary(symbol: str, knobs: BinaryKnobs) -> Any:
         width: T.int32 = T.truncdiv((rank + 1) * KB, SPLIT) - first
         stages: T.int32 = (width + DEPTH - 1) // DEPTH  # of DEPTH blocks of columns, the last one shorter
         chunks: T.int32 = (stages + WINDOW - 1) // WINDOW
-        chunk: T.int32 = T.truncdiv(
-            stages + chunks - 1, T.max(chunks, 1)
+        chunk: T.int32 = (stages + T.max(chunks - 1, 0)) // T.max(
+            chunks, 1
         )  # stages that all rows take in turn
         # A team's cursor: of every chunk, by row blocks of four and then by columns, it takes one run of stages.
         team: T.int32 = T.if_then_else(warp < WARPS, warp // (4 * LANES), warp - WARPS)
@@ -134,6 +141,13 @@ def sign_matmul_binary(symbol: str, knobs: BinaryKnobs) -> Any:
         col: T.int32 = 0
         slot: T.int32 = 0
         turn: T.int32 = 0  # how often the ring has come round
+        ask_begun: T.int32 = 0  # a second cursor
+        ask_length: T.int32 = 0
+        ask_step: T.int32 = 0
+        ask_stop: T.int32 = 0
+        ask_quad: T.int32 = 0
+        ask_col: T.int32 = 0
+        ahead: T.int32 = 0  # stages asked for
 
         @T.inline
         def next_chunk():
@@ -145,12 +159,16 @@ def sign_matmul_binary(symbol: str, knobs: BinaryKnobs) -> Any:
             col = step - quad * length
 
         @T.inline
-        def next_stage():
+        def advance():
             step = step + 1
             col = col + 1
             if col == length:
                 col = 0
                 quad = quad + 1
+
+        @T.inline
+        def next_stage():
+            advance()
             slot = slot + 1
             if slot == RING:
                 slot = 0
@@ -186,45 +204,144 @@ def sign_matmul_binary(symbol: str, knobs: BinaryKnobs) -> Any:
                     landed.ptr_to([stage % WINDOW]),
                 )
 
+        @T.inline
+        def meet():  # all sums are there
+            if SPLIT > 1:
+                call.cluster_sync()
+            else:
+                T.cuda.cta_sync()
+
+        @T.inline
+        def sum_z():  # what the lift has left to add up of the sums of z, and its scales
+            token_of: T.int32 = lane % TOKENS
+            if lane < TOKENS:
+                total[lane] = 0
+                if lane < m:
+                    token_scale[lane] = T.reinterpret("float32", call.load_word(z_scale.ptr_to([lane, 0])))
+            T.cuda.warp_sync()
+            piece: T.int32 = 0
+            for i in T.serial((P + 8 * SHARE - 1) // (8 * SHARE)):
+                for j in T.unroll(8):
+                    found[j] = call.load_word(
+                        totals.ptr_to(
+                            [T.min((i * 8 + j) * SHARE + lane // TOKENS, P - 1), T.min(token_of, m - 1)]
+                        )
+                    )
+                for j in T.unroll(8):
+                    piece = piece + T.Select((i * 8 + j) * SHARE + lane // TOKENS < P, found[j], 0)
+            T.ptx["red.shared.add.u32"](total.ptr_to([token_of]), T.Cast("uint32", piece))
+
+        @T.inline
+        def change():  # of the ring's cursor for the one that asks stages into L2
+            begun2: T.int32 = begun
+            length2: T.int32 = length
+            step2: T.int32 = step
+            stop2: T.int32 = stop
+            quad2: T.int32 = quad
+            col2: T.int32 = col
+            begun = ask_begun
+            length = ask_length
+            step = ask_step
+            stop = ask_stop
+            quad = ask_quad
+            col = ask_col
+            ask_begun = begun2
+            ask_length = length2
+            ask_step = step2
+            ask_stop = stop2
+            ask_quad = quad2
+            ask_col = col2
+
+        @T.inline
+        def ask(await_it):  # a stage into L2, and see it arrive
+            change()
+            if step == stop:
+                next_chunk()
+            else:
+                column2: T.int32 = (begun - length + col) * DEPTH
+                wide: T.int32 = T.min(DEPTH, width - column2)
+                if await_it:
+                    if lane == 0:
+                        call.barrier_expect(asked.ptr_to([team]), T.min(4, blocks - quad * 4) * 16)
+                if lane < 4 and quad * 4 + lane < blocks:
+                    T.cuda.func_call(
+                        "liftc_prefetch",
+                        tiles.ptr_to([row0 + quad * 4 + lane, first + column2, 0, 0]),
+                        wide * TILE_BYTES, 0, source_code=device.PREFETCH,
+                    )  # fmt: skip
+                    if await_it:
+                        call.bulk_copy(
+                            last_bytes.ptr_to([(team * 4 + lane) * 4]),
+                            tiles.ptr_to([row0 + quad * 4 + lane, first + column2 + wide - 1, 31, 0]),
+                            16,
+                            asked.ptr_to([team]),
+                        )
+                if await_it:
+                    call.barrier_await(asked.ptr_to([team]), ahead % 2)
+                    ahead = ahead + 1
+                advance()
+            change()
+
+        @T.inline
+        def fill_rings():
+            # Until z is there, one stage is on its way at a time: loads of the lift wait behind no others.
+            while turn == 0 and (step < stop or begun < stages):
+                if step == stop:
+                    next_chunk()
+                else:
+                    if slot >= AT_ONCE:
+                        call.barrier_await(filled.ptr_to([team * RING + slot - AT_ONCE]), 0)
+                    fill()
+            if knobs.prefetch > 0:
+                ask_begun = begun
+                ask_length = length
+                ask_step = step
+                ask_stop = stop
+                ask_quad = quad
+                ask_col = col
+                going: T.int32 = turn
+                while going > 0:
+                    ask(True)
+                    going = T.Select(
+                        T.And(ahead < knobs.prefetch, T.Or(ask_step < ask_stop, ask_begun < stages)),
+                        1 - call.barrier_test(free.ptr_to([team * RING]), 0, lane),
+                        0,
+                    )
+            while step < stop or begun < stages:
+                if step == stop:
+                    next_chunk()
+                while step < stop:
+                    if lane < 4:
+                        call.barrier_await(free.ptr_to([team * RING + slot]), (turn + 1) % 2)
+                    fill()
+
         if knobs.dependent_launch:
             call.dependent_start()
         if warp >= WARPS and warp < COPIER:
             if lane < RING:
                 call.barrier_init(filled.ptr_to([team * RING + lane]), 1)
                 call.barrier_init(free.ptr_to([team * RING + lane]), 4 * LANES)
+            if lane == 0:
+                call.barrier_init(asked.ptr_to([team]), 1)
             call.fence_init()
             T.cuda.warp_sync()
-            for c in T.serial(chunks):
-                if turn == 0:
-                    next_chunk()
-                    while step < stop and turn == 0:
-                        fill()
+            next_chunk()
+            start: T.int32 = step
+            while turn == 0 and step < T.min(stop, start + AT_ONCE):
+                fill()
         if warp == COPIER:
             if lane < WINDOW:
                 call.barrier_init(landed.ptr_to([lane]), 1)
                 call.barrier_init(full.ptr_to([lane]), PIECES)
                 call.barrier_init(empty.ptr_to([lane]), WARPS)
             call.fence_init()
-            T.cuda.warp_sync()
-            if knobs.dependent_launch:
-                call.dependent_wait()
-            for i in T.serial(T.min(stages, WINDOW)):
-                copy_z(i)
-        for i in T.serial((m - warp + THREADS // 32 - 1) // (THREADS // 32)):
-            for j in T.serial((blocks * 16 - lane + 31) // 32):
-                sums[(i * (THREADS // 32) + warp) * SUMS + j * 32 + lane] = 0
         top: T.int32 = T.truncdiv(rank * (blocks * 16), SPLIT)  # rows that this block finishes
         rows: T.int32 = T.truncdiv((rank + 1) * (blocks * 16), SPLIT) - top
-        for i in T.serial((rows - tx + THREADS - 1) // THREADS):
-            if row0 * 16 + top + i * THREADS + tx < OC:
-                row_scale[i * THREADS + tx] = scale[row0 * 16 + top + i * THREADS + tx]
-        if tx < knobs.tokens:
-            total[tx] = 0
         T.cuda.cta_sync()
-        if knobs.dependent_launch:
-            call.dependent_wait()
 
         if warp < WARPS:
+            if knobs.multiply_registers > 0:
+                T.ptx["setmaxnreg.inc.sync.aligned.u32"](knobs.multiply_registers)
             part: T.int32 = warp % 4
             quarter: T.int32 = warp // 4 % LANES * FOURS  # first four tokens of this warp group
             sums_at: T.int32 = (quarter * 4 + lane % 4) * SUMS + part * 16 + lane // 4
@@ -238,7 +355,11 @@ def sign_matmul_binary(symbol: str, knobs: BinaryKnobs) -> Any:
             z_layout: T.uint64 = (
                 T.Cast("uint64", T.shift_right(z_begin, T.uint32(4))) | T.uint64(LAYOUT)
             ) + T.Cast("uint64", quarter * 8)
-            last: T.int32 = -1  # the stage of z whose last product is in flight
+            last: T.int32 = -1  # the place of z whose last product is in flight
+            reached: T.int32 = 0  # from this step on a stage of z is used for the last time
+            known: T.int32 = 0  # from this step on all stages of z of the chunk are known to be there
+            place0: T.int32 = 0  # of the chunk's first stage
+            round0: T.int32 = 0
 
             @T.inline
             def flush():
@@ -255,135 +376,133 @@ def sign_matmul_binary(symbol: str, knobs: BinaryKnobs) -> Any:
                             high * T.uint32(256) + low,
                         )
 
-            for i in T.serial((m - warp + WARPS - 1) // WARPS):  # sums of z and scales, while z is on its way
-                token: T.int32 = i * WARPS + warp
-                piece: T.int32 = 0
-                for q in T.serial((P - lane + 31) // 32):
-                    piece = piece + call.load_word(totals.ptr_to([q * 32 + lane, token]))
-                T.cuda.func_call(
-                    "liftc_warp_add", total.ptr_to([token]), piece, lane, source_code=device.WARP_ADD
-                )
-                if lane == 0:
-                    token_scale[token] = T.reinterpret("float32", call.load_word(z_scale.ptr_to([token, 0])))
-            for c in T.serial(chunks):
-                next_chunk()
-                reached: T.int32 = stop - length  # from here on a stage of z is used for the last time
-                while step < stop:
-                    stage: T.int32 = begun - length + col
-                    many: T.int32 = T.min(DEPTH, width - stage * DEPTH)
-                    z_at: T.uint64 = z_layout + T.Cast("uint64", stage % WINDOW * (DEPTH * BLOCK_BYTES // 16))
-                    w_at: T.uint32 = ring_at + T.Cast("uint32", slot * (STAGE_WORDS * 4))
-                    call.barrier_await(full.ptr_to([stage % WINDOW]), stage // WINDOW % 2)
-                    call.barrier_await(filled.ptr_to([team * RING + slot]), turn % 2)
-                    T.ptx["wgmma.wait_group.sync.aligned"](0)
-                    if quad != held:
-                        if held >= 0:
-                            flush()
-                        held = quad
-                        more = 0
-                    if many == DEPTH:
-                        for i in T.unroll(DEPTH):
-                            load(a, i * 4, w_at + T.uint32(i * TILE_BYTES))
-                        T.ptx["wgmma.fence.sync.aligned"]()
-                        for i in T.unroll(DEPTH):
-                            for n in T.unroll(FOURS):
-                                multiply(
-                                    acc,
-                                    n * 32,
-                                    a,
-                                    i * 4,
-                                    z_at + T.uint64(i * (BLOCK_BYTES // 16) + n * 8),
-                                    T.Or(i > 0, more > 0),
-                                )
-                        T.ptx["wgmma.commit_group.sync.aligned"]()
-                    else:
-                        for i in T.serial(many):
-                            T.ptx["wgmma.wait_group.sync.aligned"](0)
-                            load(a, 0, w_at + T.Cast("uint32", i * TILE_BYTES))
-                            T.ptx["wgmma.fence.sync.aligned"]()
-                            for n in T.unroll(FOURS):
-                                multiply(
-                                    acc,
-                                    n * 32,
-                                    a,
-                                    0,
-                                    z_at + T.Cast("uint64", i * (BLOCK_BYTES // 16) + n * 8),
-                                    T.Or(i > 0, more > 0),
-                                )
-                            T.ptx["wgmma.commit_group.sync.aligned"]()
-                    more = 1
-                    if lane == 0:
-                        call.barrier_signal(free.ptr_to([team * RING + slot]))
-                        if last >= 0:
-                            call.barrier_signal(empty.ptr_to([last % WINDOW]))
-                    last = T.Select(step >= reached, stage, -1)
-                    next_stage()
+            @T.inline
+            def settle():  # no product is in flight
                 T.ptx["wgmma.wait_group.sync.aligned"](0)
-                if last >= 0 and lane == 0:
-                    call.barrier_signal(empty.ptr_to([last % WINDOW]))
+                if last >= 0:
+                    call.warp_signal(empty.ptr_to([last]))
                 last = -1
+
+            @T.inline
+            def multiply_stage():
+                past: T.int32 = T.Select(place0 + col >= WINDOW, 1, 0)
+                place: T.int32 = place0 + col - past * WINDOW
+                z_at: T.uint64 = z_layout + T.Cast("uint64", place * (DEPTH * BLOCK_BYTES // 16))
+                w_at: T.uint32 = ring_at + T.Cast("uint32", slot * (STAGE_WORDS * 4))
+                if step < known:
+                    call.barrier_await(full.ptr_to([place]), (round0 + past) % 2)
+                call.barrier_await(filled.ptr_to([team * RING + slot]), turn % 2)
+                T.ptx["wgmma.wait_group.sync.aligned"](0)
+                if quad != held:
+                    if held >= 0:
+                        flush()
+                    held = quad
+                    more = 0
+                for i in T.unroll(DEPTH):
+                    load(a, i * 4, w_at + T.uint32(i * TILE_BYTES))
+                T.ptx["wgmma.fence.sync.aligned"]()
+                for i in T.unroll(DEPTH):
+                    for n in T.unroll(FOURS):
+                        multiply(
+                            acc, n * 32, a, i * 4, z_at + T.uint64(i * (BLOCK_BYTES // 16) + n * 8),
+                            T.Or(i > 0, more > 0),
+                        )  # fmt: skip
+                T.ptx["wgmma.commit_group.sync.aligned"]()
+                more = 1
+                call.warp_signal(free.ptr_to([team * RING + slot]))
+                if last >= 0:
+                    call.warp_signal(empty.ptr_to([last]))
+                last = T.Select(step >= reached, place, -1)
+                next_stage()
+
+            for i in T.serial((m - warp + WARPS - 1) // WARPS):  # while z is on its way
+                for j in T.serial((blocks * 16 - lane + 31) // 32):
+                    sums[(i * WARPS + warp) * SUMS + j * 32 + lane] = 0
+            for i in T.serial((rows - tx + WARPS * 32 - 1) // (WARPS * 32)):
+                if row0 * 16 + top + i * (WARPS * 32) + tx < OC:
+                    row_scale[i * (WARPS * 32) + tx] = scale[row0 * 16 + top + i * (WARPS * 32) + tx]
+            call.group_sync(WARPS * 32)
+            for c in T.serial(chunks):
+                ended: T.int32 = col  # 0 after the last stage of a chunk
+                next_chunk()
+                reached = stop - length
+                known = step + length
+                place0 = (begun - length) % WINDOW
+                round0 = (begun - length) // WINDOW % 2
+                if ended > 0 or step == stop or col >= WINDOW - 1:
+                    settle()  # z of this chunk needs the place of the one in flight
+                while step < stop:
+                    multiply_stage()
                 begin: T.int32 = team * (quads * length) // TEAMS
                 for i in T.serial(length - T.min(length, stop - begin)):
                     # Stages of z that this team has no rows for: its turn with them is over, too.
                     other: T.int32 = begun - length + T.truncmod(stop + i, length)
                     call.barrier_await(full.ptr_to([other % WINDOW]), other // WINDOW % 2)
-                    if lane == 0:
-                        call.barrier_signal(empty.ptr_to([other % WINDOW]))
+                    call.warp_signal(empty.ptr_to([other % WINDOW]))
+            settle()
             if held >= 0:
                 flush()
-        elif warp < COPIER:
-            while step < stop or begun < stages:
-                if step == stop:
-                    next_chunk()
-                while step < stop:
-                    if lane < 4:
-                        call.barrier_await(free.ptr_to([team * RING + slot]), (turn + 1) % 2)
-                    fill()
-        elif warp == COPIER:
-            for i in T.serial(stages - WINDOW):
-                call.barrier_await(empty.ptr_to([i % WINDOW]), i // WINDOW % 2)
-                copy_z(i + WINDOW)
+            meet()
+            fours: T.int32 = rows // 4  # of rows
+            for i in T.serial((m * fours - tx + 4 * WARPS * 32 - 1) // (4 * WARPS * 32)):
+                for j in T.unroll(4):
+                    of: T.int32 = T.min((i * 4 + j) * (WARPS * 32) + tx, m * fours - 1)
+                    at: T.int32 = of // fours * SUMS + top + of % fours * 4
+                    for q in T.unroll(4):
+                        found[j * 4 + q] = sums[at + q]
+                    for other in T.unroll(SPLIT - 1):
+                        call.add_peer(found.ptr_to([j * 4]), sums.ptr_to([at]), (rank + 1 + other) % SPLIT)
+                for j in T.unroll(4):
+                    place2: T.int32 = (i * 4 + j) * (WARPS * 32) + tx
+                    token: T.int32 = place2 // fours
+                    row: T.int32 = (place2 - token * fours) * 4
+                    if place2 < m * fours:
+                        T.cuda.func_call(
+                            "liftc_store_four",
+                            y.ptr_to([0]), T.Cast("int64", token) * OC + (row0 * 16 + top + row),
+                            OC - (row0 * 16 + top + row), kind, found.ptr_to([j * 4]),
+                            total[token], token_scale[token], row_scale.ptr_to([row]),
+                            source_code=group_device.STORE_FOUR,
+                        )  # fmt: skip
         else:
-            # Every warp waits for every stage, so that none is more than one phase of a barrier ahead.
-            ahead: T.int32 = warp - CUTTER  # pieces until its next one
-            for stage2 in T.serial(stages):
-                place: T.int32 = stage2 % WINDOW
-                call.barrier_await(landed.ptr_to([place]), stage2 // WINDOW % 2)
-                while ahead < PIECES:
-                    # A thread has 256 columns of one byte of one token, halved: eight vectors of each.
-                    task: T.int32 = ahead * 32 + lane
-                    if stage2 * DEPTH + task // (2 * COLS) < width:
-                        at: T.int32 = (place * DEPTH + task // (2 * COLS)) * (COLS * 64)
-                        call.bits_of_bytes(bits.ptr_to([at + task % (2 * COLS) * 4]), 2 * COLS)
+            if knobs.helper_registers > 0:
+                T.ptx["setmaxnreg.dec.sync.aligned.u32"](knobs.helper_registers)
+            if warp < COPIER:
+                fill_rings()
+            elif warp == COPIER:
+                if knobs.dependent_launch:
+                    call.dependent_wait()
+                for i in T.serial(T.min(stages, WINDOW)):
+                    copy_z(i)
+                sum_z()
+                for i in T.serial(stages - WINDOW):
+                    call.barrier_await(empty.ptr_to([i % WINDOW]), i // WINDOW % 2)
+                    copy_z(i + WINDOW)
+            else:
+                # Every warp waits for every stage, so that none is more than one phase of a barrier ahead.
+                due: T.int32 = warp - CUTTER  # pieces until its next one
+                for stage2 in T.serial(stages):
+                    spot: T.int32 = stage2 % WINDOW
+                    call.barrier_await(landed.ptr_to([spot]), stage2 // WINDOW % 2)
+                    while due < PIECES:
+                        # A thread has 256 columns of one byte of one token, halved: eight vectors of each.
+                        task: T.int32 = due * 32 + lane
+                        to: T.int32 = (spot * DEPTH + task // (2 * COLS)) * (COLS * 64) + task % (
+                            2 * COLS
+                        ) * 4
+                        if stage2 * DEPTH + task // (2 * COLS) < width:
+                            if task < DEPTH * 2 * COLS:
+                                call.bits_of_bytes(bits.ptr_to([to]), 2 * COLS)
+                        elif task < DEPTH * 2 * COLS:
+                            for j in T.unroll(8):
+                                for q in T.unroll(4):
+                                    bits[to + j * (8 * COLS) + q] = T.uint32(0)
                         call.fence_shared()
-                    T.cuda.warp_sync()
-                    if lane == 0:
-                        call.barrier_signal(full.ptr_to([place]))
-                    ahead = ahead + knobs.cutters
-                ahead = ahead - PIECES
-        if SPLIT > 1:
-            call.cluster_sync()
-        else:
-            T.cuda.cta_sync()
-        results: T.int32 = m * rows
-        for i in T.serial((results - tx + 4 * THREADS - 1) // (4 * THREADS)):
-            for j in T.unroll(4):
-                place2: T.int32 = T.min((i * 4 + j) * THREADS + tx, results - 1)
-                at2: T.int32 = place2 // rows * SUMS + top + place2 % rows
-                found[j] = sums[at2]
-                for other in T.unroll(SPLIT - 1):
-                    found[j] = found[j] + call.load_peer(sums.ptr_to([at2]), (rank + 1 + other) % SPLIT)
-            for j in T.unroll(4):
-                place3: T.int32 = (i * 4 + j) * THREADS + tx
-                token3: T.int32 = place3 // rows
-                row: T.int32 = place3 - token3 * rows
-                if place3 < results and row0 * 16 + top + row < OC:
-                    T.cuda.func_call(
-                        "liftc_store_y",
-                        y.ptr_to([0]), T.Cast("int64", token3) * OC + (row0 * 16 + top + row), kind, found[j],
-                        total[token3], token_scale[token3], row_scale[row],
-                        source_code=device.STORE_Y,
-                    )  # fmt: skip
+                        T.cuda.warp_sync()
+                        call.warp_signal(full.ptr_to([spot]))
+                        due = due + knobs.cutters
+                    due = due - PIECES
+            meet()
         if SPLIT > 1:
             # Nobody leaves while its sums are read.
             call.cluster_leave()

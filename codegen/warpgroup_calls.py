@@ -30,6 +30,11 @@ def barrier_signal(barrier: Any) -> Any:
     return T.cuda.func_call("liftc_barrier_signal", barrier, source_code=group_device.BARRIER_SIGNAL)
 
 
+def warp_signal(barrier: Any) -> Any:
+    """One thread of the warp arrives."""
+    return T.cuda.func_call("liftc_warp_signal", barrier, source_code=group_device.WARP_SIGNAL)
+
+
 def barrier_await(barrier: Any, parity: Any) -> Any:
     """Wait until the phase of this parity is over."""
     return T.cuda.func_call("liftc_barrier_await", barrier, parity, source_code=group_device.BARRIER_AWAIT)
@@ -60,10 +65,25 @@ def cluster_leave() -> Any:
     return T.cuda.func_call("liftc_cluster_leave", source_code=group_device.CLUSTER_LEAVE)
 
 
-def load_peer(at: Any, rank: Any) -> Any:
-    """int32 of the shared memory of block `rank` of the cluster, where this block has `at`."""
+def add_peer(sums: Any, at: Any, rank: Any) -> Any:
+    """Add four int32 of the shared memory of block `rank` of the cluster, where this block has `at`."""
+    return T.cuda.func_call("liftc_add_peer", sums, at, rank, source_code=group_device.ADD_PEER)
+
+
+def group_sync(threads: Any) -> Any:
+    """A barrier of the first `threads` threads of a block."""
+    return T.cuda.func_call("liftc_group_sync", threads, source_code=group_device.GROUP_SYNC)
+
+
+def barrier_test(barrier: Any, parity: Any, lane: Any) -> Any:
+    """Whether the phase of this parity is over, 0 or 1, the same for all lanes."""
     return T.cuda.func_call(
-        "liftc_load_peer", at, rank, source_code=group_device.LOAD_PEER, return_type="int32"
+        "liftc_barrier_test",
+        barrier,
+        parity,
+        lane,
+        source_code=group_device.BARRIER_TEST,
+        return_type="int32",
     )
 
 
@@ -80,3 +100,8 @@ def dependent_start() -> Any:
 def dependent_wait() -> Any:
     """Wait until everything the kernels before wrote is visible."""
     return T.cuda.func_call("liftc_dependent_wait", source_code=device.DEPENDENT_WAIT)
+
+
+def launch_registers(count: int) -> Any:
+    """Say how many registers each thread has at launch (build_cuda.registers_at_launch)."""
+    return T.cuda.func_call("liftc_launch_registers", count, source_code=group_device.LAUNCH_REGISTERS)

@@ -28,6 +28,14 @@ __device__ __forceinline__ void liftc_barrier_signal(void* barrier) {
 }
 """
 
+WARP_SIGNAL = r"""
+__device__ __forceinline__ void liftc_warp_signal(void* barrier) {
+  asm volatile("{ .reg .pred p; elect.sync _|p, 0xffffffff; @p mbarrier.arrive.shared.b64 _, [%0]; }"
+               :: "r"(static_cast<unsigned>(__cvta_generic_to_shared(barrier))) : "memory");
+}
+"""
+"""One thread of a warp arrives, without a branch."""
+
 BARRIER_AWAIT = r"""
 __device__ __forceinline__ void liftc_barrier_await(void* barrier, int parity) {
   const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(barrier));
@@ -48,17 +56,38 @@ __device__ __forceinline__ void liftc_bulk_copy(void* to, const void* from, int 
 """
 """One thread copies `bytes` (a multiple of 16) into shared memory; the barrier counts them."""
 
-LOAD_PEER = r"""
-__device__ __forceinline__ int liftc_load_peer(const void* at, int rank) {
-  unsigned peer;
-  int value;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
-               : "=r"(peer) : "r"(static_cast<unsigned>(__cvta_generic_to_shared(at))), "r"(rank));
-  asm volatile("ld.shared::cluster.s32 %0, [%1];" : "=r"(value) : "r"(peer) : "memory");
-  return value;
+BARRIER_TEST = r"""
+__device__ __forceinline__ int liftc_barrier_test(void* barrier, int parity, int lane) {
+  const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(barrier));
+  unsigned done;
+  asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+               : "=r"(done) : "r"(at), "r"(parity) : "memory");
+  return __shfl_sync(0xffffffffu, static_cast<int>(done), 0);
 }
 """
-"""A word of the shared memory of block `rank` of the cluster, at the place where this block has `at`."""
+"""Whether the phase of this parity is over, for a whole warp."""
+
+GROUP_SYNC = r"""
+__device__ __forceinline__ void liftc_group_sync(int threads) {
+  asm volatile("bar.sync 1, %0;" :: "r"(threads) : "memory");
+}
+"""
+"""A barrier of the first `threads` threads of a block, whole warps."""
+
+ADD_PEER = r"""
+__device__ __forceinline__ void liftc_add_peer(void* sums, const void* at, int rank) {
+  int* v = static_cast<int*>(sums);
+  int w[4];
+  unsigned peer;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
+               : "=r"(peer) : "r"(static_cast<unsigned>(__cvta_generic_to_shared(at))), "r"(rank));
+  asm volatile("ld.shared::cluster.v4.s32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3]) : "r"(peer) : "memory");
+#pragma unroll
+  for (int i = 0; i < 4; ++i) v[i] += w[i];
+}
+"""
+"""Adds four words of the shared memory of block `rank` of the cluster, at the place where this block has `at`."""
 
 CLUSTER_LEAVE = r"""
 __device__ __forceinline__ void liftc_cluster_leave() {
@@ -114,3 +143,46 @@ __device__ __forceinline__ void liftc_bits_of_bytes(void* at, int apart) {
 """
 """Eight vectors of 16 bytes, `apart` vectors from each other, become vectors of bits where they lie: bit j of byte b of
 vector p is what bit p of byte b of vector j was."""
+
+STORE_FOUR = r"""
+#include <cuda_fp16.h>
+#include <cuda_bf16.h>
+__device__ __forceinline__ unsigned liftc_pair(float a, float b, int kind) {
+  if (kind == 1) {
+    const __half2 both = __floats2half2_rn(a, b);
+    return reinterpret_cast<const unsigned&>(both);
+  }
+  const __nv_bfloat162 both = __floats2bfloat162_rn(a, b);
+  return reinterpret_cast<const unsigned&>(both);
+}
+__device__ __forceinline__ void liftc_store_four(void* y, long long at, int count, int kind, const void* sets,
+                                                 int total, float token_scale, const void* scales) {
+  const float4 scale = *static_cast<const float4*>(scales);
+  const float by[4] = {scale.x, scale.y, scale.z, scale.w};
+  float v[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const unsigned set = static_cast<const unsigned*>(sets)[i];
+    const int sum = static_cast<int>(2u * set - static_cast<unsigned>(total));
+    v[i] = __fmul_rn(__fmul_rn(__int2float_rn(sum), token_scale), by[i]);
+  }
+  char* to = static_cast<char*>(y) + at * (kind == 0 ? 4 : 2);
+  if (kind != 0 && count >= 4 && reinterpret_cast<unsigned long long>(to) % 8 == 0) {
+    *reinterpret_cast<uint2*>(to) = make_uint2(liftc_pair(v[0], v[1], kind), liftc_pair(v[2], v[3], kind));
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    if (i < count) {
+      if (kind == 0) reinterpret_cast<float*>(to)[i] = v[i];
+      else if (kind == 1) reinterpret_cast<__half*>(to)[i] = __float2half_rn(v[i]);
+      else reinterpret_cast<__nv_bfloat16*>(to)[i] = __float2bfloat16_rn(v[i]);
+    }
+}
+"""
+"""Results of up to four rows of a token, in the type `kind` says, 8 bytes at a time where they lie so."""
+
+LAUNCH_REGISTERS = r"""
+#define liftc_launch_registers(count)
+"""
+"""Does nothing; the number is read when the source is written."""

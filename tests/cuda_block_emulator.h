@@ -12,6 +12,7 @@
 
 #define __global__
 #define __launch_bounds__(...)
+#define __maxnreg__(...)
 using std::max;
 using uint = unsigned int;
 

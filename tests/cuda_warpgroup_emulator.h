@@ -13,7 +13,7 @@ struct Bulk { void* to; const void* from; int bytes; };
 static std::map<int, Queue> queues;
 static std::map<void*, std::vector<Bulk>> copies;  // on their way, by barrier
 static std::map<void*, long> expected;             // bytes, by barrier
-static std::map<int, block::Meeting> clusters;
+static std::map<int, block::Meeting> clusters, teams;
 static int split = 1;
 
 // PTX ISA: fragments of wgmma.m64n64k256; shared memory without swizzle in matrices of 8 x 16 bytes, K-major.
@@ -101,6 +101,9 @@ inline void liftc_barrier_signal(void* at) {
   --static_cast<Barrier*>(at)->pending;
   group::complete(at);
 }
+inline void liftc_warp_signal(void* at) {
+  if (block::current % 32 == 0) liftc_barrier_signal(at);
+}
 inline void liftc_barrier_await(void* at, int parity) {
   while (static_cast<Barrier*>(at)->phase % 2 == parity) {
     group::land(at);
@@ -124,11 +127,32 @@ inline void liftc_cluster_sync() {
   block::meet(meeting);
 }
 inline void liftc_cluster_leave() { liftc_cluster_sync(); }
-inline int liftc_load_peer(const void* at, int rank) {
+inline void liftc_add_peer(void* sums, const void* at, int rank) {
   int mine = block::current / block::block_threads;
   const uchar* peer = reinterpret_cast<uchar*>(pools[mine - group::rank() + rank].data());
-  int value;
-  std::memcpy(&value, peer + (static_cast<const uchar*>(at) - pool_buf_ptr), 4);
-  return value;
+  int words[4];
+  std::memcpy(words, peer + (static_cast<const uchar*>(at) - pool_buf_ptr), 16);
+  for (int i = 0; i < 4; ++i) static_cast<int*>(sums)[i] = int(uint32_t(static_cast<int*>(sums)[i]) + uint32_t(words[i]));
 }
+inline void liftc_store_four(void* y, long long at, int count, int kind, const void* sets, int total, float token_scale,
+                             const void* scales) {
+  for (int i = 0; i < std::min(count, 4); ++i)
+    liftc_store_y(y, at + i, kind, static_cast<const int*>(sets)[i], total, token_scale, static_cast<const float*>(scales)[i]);
+}
+inline void liftc_group_sync(int threads) {
+  block::Meeting& meeting = group::teams[block::current / block::block_threads];
+  meeting.size = threads;
+  block::meet(meeting);
+}
+inline int liftc_barrier_test(void* at, int parity, int lane) {
+  block::Meeting& warp = block::warps[block::current / 32];
+  if (lane == 0) warp.values[0] = static_cast<Barrier*>(at)->phase % 2 != parity;
+  block::meet(warp);
+  int over = warp.values[0];
+  block::meet(warp);
+  return over;
+}
+inline void liftc_launch_registers(int) {}
+inline void tvm_builtin_ptx_setmaxnreg_inc_sync_aligned_u32_120() {}
+inline void tvm_builtin_ptx_setmaxnreg_dec_sync_aligned_u32_56() {}
 extern "C" void set_split(int split) { group::split = split; }

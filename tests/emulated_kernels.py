@@ -11,7 +11,7 @@ import torch
 
 from liftc.codegen import toolchain
 
-KERNEL = re.compile(r'extern "C" __global__ void __launch_bounds__\([^)]*\) (\w+)\(([^)]*)\) \{')
+KERNEL = re.compile(r'extern "C" __global__ void __\w+__\([^)]*\) (\w+)\(([^)]*)\) \{')
 WAIT = re.compile(r"tvm_builtin_ptx_cp_async_wait_group_async_wait_group_(\d+)\(\)")
 POOL = re.compile(r"extern __shared__ __align__\(\d+\) uchar pool_buf_ptr\[\];")
 

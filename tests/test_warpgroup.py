@@ -25,11 +25,13 @@ from liftc.codegen.build_cuda import compile_flags, tirx_source
 from liftc.codegen.knobs import BINARY_KNOBS, BinaryKnobs
 
 KNOBS = {
-    "four": BinaryKnobs(4, 2, 1, stage_blocks=2, ring=3, cutters=1, z_stages=2, block_rows=9, split=1),
+    "four": BinaryKnobs(4, stage_blocks=2, ring=3, cutters=1, z_stages=2, block_rows=9, split=1, prefetch=1),
     "eight": BinaryKnobs(8, 1, 2, stage_blocks=2, ring=2, cutters=3, z_stages=1, block_rows=6, split=1),
     "sixteen": BinaryKnobs(16, 1, 2, stage_blocks=2, ring=2, cutters=2, z_stages=3, block_rows=5, split=1),
-    "pair": BinaryKnobs(8, 3, 1, stage_blocks=4, ring=2, cutters=2, z_stages=3, block_rows=12),
+    "pair": BinaryKnobs(8, 3, ring=2, cutters=2, z_stages=3, block_rows=12, prefetch=5),
     "four_blocks": BinaryKnobs(16, 1, 4, stage_blocks=2, ring=3, cutters=1, z_stages=2, block_rows=7, split=4),
+    "odd": BinaryKnobs(4, stage_blocks=5, ring=2, z_stages=3, prefetch=2, first_stages=0, multiply_registers=120,
+                       helper_registers=56),
 }  # fmt: skip
 
 
@@ -53,6 +55,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRe
         ("eight", 8, 50, 600, 1), ("eight", 5, 90, 1300, 3), ("eight", 1, 1, 1, 1),
         ("sixteen", 16, 75, 2100, 1), ("sixteen", 9, 48, 512, 3),
         ("pair", 8, 155, 5200, 1), ("pair", 4, 200, 1100, 2), ("pair", 1, 20, 200, 1), ("pair", 7, 61, 7100, 1),
+        ("odd", 4, 70, 9000, 1), ("odd", 3, 50, 700, 2),
         ("four_blocks", 16, 100, 2800, 1), ("four_blocks", 11, 40, 600, 2),
     ],
 )  # fmt: skip
