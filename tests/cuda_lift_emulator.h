@@ -1,6 +1,7 @@
 // What the tensor-core lift needs beyond cuda_half_emulator.h: loads of x that stay inside it, bfloat16 mma of a whole
 // warp with float sums, and rounding as CUDA names it.
 #pragma once
+#define POOL_FILL 0x4400440044004400  // 512 as bfloat16, about as much as float
 #include "cuda_half_emulator.h"
 
 #include <array>

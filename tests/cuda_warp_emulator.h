@@ -14,6 +14,9 @@
 using std::min;
 using uchar = unsigned char;
 constexpr int POOL = 1 << 18;
+#ifndef POOL_FILL
+#define POOL_FILL 0xA5A5A5A5A5A5A5A5  // what is in shared memory when a kernel starts
+#endif
 static std::vector<std::vector<uint64_t>> pools;  // shared memory of every block that runs
 inline uchar* pool_of_block() { return reinterpret_cast<uchar*>(pools[block::current / block::block_threads].data()); }
 #define pool_buf_ptr pool_of_block()
@@ -41,7 +44,7 @@ inline bool inside(const void* p, size_t size) {
 }
 inline void begin_blocks(int count) {
   pipes.clear();
-  pools.assign(count, std::vector<uint64_t>(POOL / 8, 0xA5A5A5A5A5A5A5A5));
+  pools.assign(count, std::vector<uint64_t>(POOL / 8, POOL_FILL));
 }
 }  // namespace warp
 

@@ -171,13 +171,19 @@ def test_fused_forms_lift_what_separate_operations_make(
     assert int(away.max()) <= 8 and float((away > 1).float().mean()) < 0.05
 
 
-def test_planes_for_warp_groups(emulated: Emulated) -> None:
-    left, right = factors(*SHAPES[0])
-    x = torch.randn(4, SHAPES[0][0], generator=torch.Generator().manual_seed(0))
-    z = z_of(run(emulated, "pair", x, None, left, right)[0], 4, left.shape[0] * right.shape[1])
-    planes, totals, _ = run(emulated, "pair", x, None, left, right, pieces=16)
+@pytest.mark.parametrize("shape", SHAPES[::3], ids=str)
+@pytest.mark.parametrize("name, dtype", [k for k in KERNELS if k[1] == "float32"] + [("kept", "bfloat16")])
+def test_planes_for_warp_groups(
+    emulated: Emulated, name: str, dtype: str, shape: tuple[int, LiftFormat]
+) -> None:
+    left, right = factors(*shape)
+    tokens = min(4, KNOBS[name].tokens)
+    x = torch.randn(tokens, shape[0], generator=torch.Generator().manual_seed(0)).to(DTYPES[dtype])
+    z = z_of(run(emulated, name, x, None, left, right)[0], tokens, left.shape[0] * right.shape[1])
+    planes, totals, _ = run(emulated, name, x, None, left, right, pieces=16)
     padded = torch.nn.functional.pad(z.int(), (0, -z.shape[1] % 256), value=99 * 257)  # as nobody wrote them
-    assert torch.equal(planes, group_planes(padded, 8)) and torch.equal(totals, z.sum(1, dtype=torch.int32))
+    assert torch.equal(planes, group_planes(padded, 2 * tokens))
+    assert torch.equal(totals, z.sum(1, dtype=torch.int32))
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
