@@ -160,7 +160,7 @@ class BinaryKnobs:
         rows = -(-self.block_rows // 4) * 64
         sums = self.tokens * (rows + 8) * 4
         scales = 2 * -(-self.tokens // 4) * 16 + (rows // self.split + 16) * 4
-        barriers = [self.z_stages] * 3 + [self.teams * self.ring] * 2 + [self.teams]
+        barriers = [self.z_stages] * 2 + [self.teams * self.ring] * 2 + [self.teams]
         asked = self.teams * 64
         return bits + ring + sums + scales + asked + sum(-(-n // 2) * 16 for n in barriers) + self.pad_bytes
 
@@ -207,7 +207,7 @@ class LiftKnobs:
     def right_bytes(self) -> int:
         """Shared memory of the operands of right, and then of z on its way out."""
         right = self.tiles * -(-self.most_right // 32) * 2048
-        return max(right, self.warps * self.group * self.tiles * 256)
+        return max(right, self.warps * self.group * 16 * (self.tiles * 16 + 4))
 
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block."""
@@ -326,7 +326,8 @@ LIFT_KNOBS: dict[str, tuple[LiftKnobs, ...]] = {
             replace(_LARGE_LIFT, tokens=4, cluster=2),
             replace(_LARGE_LIFT, tokens=8, tiles=3, units=2, blocks_per_processor=1),
             replace(_SMALL_LIFT, tokens=16, tiles=2, blocks_per_processor=2),
-            replace(_LARGE_LIFT, tokens=16, tiles=2, units=2, blocks_per_processor=2),
+            replace(_LARGE_LIFT, tokens=16, tiles=3, units=2, most_right=128, blocks_per_processor=1),
+            replace(_LARGE_LIFT, tokens=16, tiles=5, units=2, blocks_per_processor=1),
             *_ANY_LIFT,
         )
     )

@@ -269,59 +269,68 @@ __device__ __forceinline__ int liftc_round(float value, float inverse, void* hig
 """z of a value, stored as two bytes `next` apart; 0 for one that is not a number, as it is times an inverse of 0."""
 
 STAGE_Z = r"""
-__device__ __forceinline__ int liftc_stage_z(const void* part, int chains, float inverse, void* out, int wide,
-                                             int lane) {
+__device__ __forceinline__ int liftc_stage_z(const void* part, int chains, float inverse, void* out, int first,
+                                             int wide, int k0, int lifted, int lane) {
   const float* p = static_cast<const float*>(part);
-  short* to = static_cast<short*>(out) + lane % 4 * 2 * wide + lane / 4;
+  signed char* to = static_cast<signed char*>(out) + lane % 4 * 4 * (wide + 4) + first + lane / 4;
+  const int k = k0 + lane % 4 * 2 * lifted;
   int total = 0;
 #pragma unroll
   for (int q = 0; q < 4; ++q) {
     int z = __float2int_rn(liftc_total(p + q, chains) * inverse);
     z = z < -16383 ? -16383 : z > 16383 ? 16383 : z;
-    to[q % 2 * wide + q / 2 * 8] = static_cast<short>(z);
+    signed char* high = to + q % 2 * 2 * (wide + 4) + q / 2 * 8 + (k + q % 2 * lifted & 3);
+    high[0] = static_cast<signed char>((z + 128) >> 8);
+    high[wide + 4] = static_cast<signed char>(z);
     total += z;
   }
   return total;
 }
 """
-"""z of four of 16 x 8 results, stored as int16 (8, wide); returns their sum. 0 for results that are no numbers, as they
-are times an inverse of 0, and for those that are padding."""
+"""z of four of 16 x 8 results; its bytes go to shared memory (8, 2, wide + 4), high ones before low ones, where column
+`first` + c of row r, k0 + r lifted + first + c of T* x, is as many bytes into a word as in memory. Returns the sum. 0
+for results that are no numbers, as they are times an inverse of 0, and for those that are padding."""
 
 STORE_ROWS = r"""
-__device__ __forceinline__ void liftc_store_rows(const void* staged, int group, int wide, int tokens, int row0,
-                                                 int rows, int first, int lifted, void* planes, int column,
-                                                 int columns, int pieces, int lane) {
-  const int words = wide / 4 + 1, all = 8 * words * group * 2;
+__device__ __forceinline__ signed char* liftc_bytes_at(void* planes, int k, int column, int columns, int pieces) {
+  const int quarter = k >> 6 & 3;
+  const int piece = pieces == 4 ? quarter : quarter * 4 + (k >> 2 & 3);
+  const int at = pieces == 4 ? k & 60 : (k >> 4 & 3) * 4;
+  const int wide = pieces == 4 ? 64 : 16;
+  return static_cast<signed char*>(planes) + (((k >> 8) * pieces + piece) * columns + column) * wide + at;
+}
+__device__ __forceinline__ void liftc_store_rows(const void* staged, int wide, int k0, int lifted, int most, int rows,
+                                                 void* planes, int column, int columns, int pieces, int lane) {
+  const unsigned* words = static_cast<const unsigned*>(staged);
+  const int side = wide <= 24 ? 16 : 32, low = lane & 1, apart = (wide + 4) / 4;  // lanes of a row
 #pragma unroll
-  for (int turn = 0; turn < (all + 31) / 32; ++turn) {
-    const int i = turn * 32 + lane, low = i & 1, token = i / 2 % group;
-    const int word = i / (2 * group) % words, row = i / (2 * group * words);
-    if (i >= all || row0 + row >= rows || token >= tokens) continue;
-    const int begin = (row0 + row) * lifted + first, k = (begin & ~3) + word * 4, c = k - begin;
-    const short* z = static_cast<const short*>(staged) + (token * 8 + row) * wide + c;
-    const int most = lifted - first < wide ? lifted - first : wide;
-    unsigned bytes = 0;
+  for (int row0 = 0; row0 < 8; row0 += 32 / side) {
+    const int row = row0 + lane / side, begin = k0 + row * lifted, past = begin & 3;
 #pragma unroll
-    for (int e = 0; e < 4; ++e)
-      if (c + e >= 0 && c + e < most) bytes |= (low ? z[e] & 255u : (z[e] + 128) >> 8 & 255u) << 8 * e;
-    const int quarter = k >> 6 & 3;
-    const int piece = pieces == 4 ? quarter : quarter * 4 + (k >> 2 & 3);
-    const int at = pieces == 4 ? k & 63 : (k >> 4 & 3) * 4;
-    signed char* to = static_cast<signed char*>(planes) + at +
-        (((k >> 8) * pieces + piece) * columns + column + 2 * token + low) * (pieces == 4 ? 64 : 16);
-    if (c >= 0 && c + 4 <= most) {
-      *reinterpret_cast<unsigned*>(to) = bytes;
-    } else {
+    for (int first = 0; first < apart; first += side / 2) {
+      const int word = first + lane % side / 2;
+      if (row < rows && word * 4 >= past && word * 4 + 4 <= past + most)
+        *reinterpret_cast<unsigned*>(liftc_bytes_at(planes, begin - past + word * 4, column + low, columns, pieces)) =
+            words[(row * 2 + low) * apart + word];
+    }
+  }
+  if (lifted % 4 || most % 4) {  // words that are shared with other rows or blocks
+    const int row = lane / 4, begin = k0 + row * lifted, past = begin & 3;
+    const int last = (past + most - 1) / 4, word = lane & 2 ? last : 0;
+    const bool part = lane & 2 ? (past + most) % 4 != 0 && last > 0 : past > 0 || past + most < 4;
+    if (row < rows && part) {
+      signed char* to = liftc_bytes_at(planes, begin - past + word * 4, column + low, columns, pieces);
+      const unsigned bytes = words[(row * 2 + low) * apart + word];
 #pragma unroll
       for (int e = 0; e < 4; ++e)
-        if (c + e >= 0 && c + e < most) to[e] = static_cast<signed char>(bytes >> 8 * e);
+        if (word * 4 + e >= past && word * 4 + e < past + most) to[e] = static_cast<signed char>(bytes >> 8 * e);
     }
   }
 }
 """
-"""Staged z (group, 8, wide) of rows row0 to row0 + 7, columns `first` on, to both layouts of planes, four bytes at a
-time where they are whole. Lanes side by side have the two bytes of a z and its neighbours, which lie together: what
-costs time is how many runs of 32 bytes a store touches."""
+"""Staged bytes of `most` columns of `rows` of 8 rows to both layouts of planes, in whole words where they have them.
+Lanes side by side have the two bytes of a z and its neighbours, which lie together: what a store costs is how many runs
+of 32 bytes it touches."""
 
 Z_GUARD = f"\n#ifndef LIFTC_Z_SCALE\n#define LIFTC_Z_SCALE\n{Z_SCALE}#endif\n"
 

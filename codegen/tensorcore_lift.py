@@ -59,6 +59,7 @@ def lift_planes(symbol: str, dtype: str, knobs: LiftKnobs, form: str = "plain") 
     DEPTH, KEPT = knobs.left_depth, knobs.left_kept
     CLUSTER = knobs.cluster
     DIRECT = knobs.direct()
+    STAGED = 4 * (TILES * 16 + 4)  # words of 8 rows of two bytes
     CHAINS = 2 if ITEMS * TILES <= 2 else 1  # sums of one product that do not wait for each other
     SUMS = 8 * CHAINS
     KA_MOST = (knobs.most_left + 15) // 16
@@ -431,6 +432,8 @@ def lift_planes(symbol: str, dtype: str, knobs: LiftKnobs, form: str = "plain") 
         @T.inline
         def store_together(i):  # through shared memory, where right was, into the order in which z is stored
             for r in T.unroll(UNITS):
+                row0: T.let[T.int32] = (n0 + (i * UNITS + r) * WARPS + warp) * 8
+                k0: T.let[T.int32] = row0 * C + tile0 * 16
                 for t in T.unroll(GROUP):
                     total[t] = 0 if r == 0 else total[t]
                     for c in T.unroll(TILES):
@@ -439,16 +442,21 @@ def lift_planes(symbol: str, dtype: str, knobs: LiftKnobs, form: str = "plain") 
                             part.ptr_to([((t * UNITS + r) * TILES + c) * SUMS]),
                             CHAINS,
                             norm[t],
-                            right_s.ptr_to([(warp * GROUP + t) * (TILES * 64) + c * 8]),
+                            right_s.ptr_to([(warp * GROUP + t) * STAGED]),
+                            c * 16,
                             TILES * 16,
+                            k0,
+                            C,
                             lane,
                         )
                 T.cuda.warp_sync()
-                call(
-                    "store_rows", right_s.ptr_to([warp * (GROUP * TILES * 64)]), GROUP, TILES * 16,
-                    T.min(m - token0, GROUP), (n0 + (i * UNITS + r) * WARPS + warp) * 8, T.min(t1, n1 * 8),
-                    tile0 * 16, C, planes.ptr_to([0, 0, 0, 0]), 2 * token0, COLS, PIECES, lane,
-                )  # fmt: skip
+                for t in T.unroll(GROUP):
+                    if token0 + t < m:
+                        call(
+                            "store_rows", right_s.ptr_to([(warp * GROUP + t) * STAGED]), TILES * 16, k0, C,
+                            T.min(C - tile0 * 16, TILES * 16), T.min(t1, n1 * 8) - row0,
+                            planes.ptr_to([0, 0, 0, 0]), 2 * (token0 + t), COLS, PIECES, lane,
+                        )  # fmt: skip
                 T.cuda.warp_sync()
             for t in T.unroll(GROUP):
                 call("warp_add", sums.ptr_to([t]), total[t], lane)
