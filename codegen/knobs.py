@@ -160,7 +160,7 @@ class BinaryKnobs:
         rows = -(-self.block_rows // 4) * 64
         sums = self.tokens * (rows + 8) * 4
         scales = 2 * -(-self.tokens // 4) * 16 + (rows // self.split + 16) * 4
-        barriers = [self.z_stages] * 2 + [self.teams * self.ring] * 2 + [self.teams]
+        barriers = [self.z_stages] * 3 + [self.teams * self.ring] * 2 + [self.teams]
         asked = self.teams * 64
         return bits + ring + sums + scales + asked + sum(-(-n // 2) * 16 for n in barriers) + self.pad_bytes
 
