@@ -27,7 +27,7 @@ from liftc.codegen.knobs import (
 )
 from liftc.kernel_object import KernelFunction
 
-KERNEL_VERSION = 4
+KERNEL_VERSION = 5
 """Raised when any kernel changes its results, arguments or layout."""
 
 TIR_DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
