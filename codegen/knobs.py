@@ -284,9 +284,9 @@ BINARY_KNOBS: dict[str, tuple[BinaryKnobs, ...]] = {
         BinaryKnobs(
             16,
             stage_blocks=3,
-            ring=5,
+            ring=3,
             cutters=9,
-            z_stages=4,
+            z_stages=5,
             first_stages=2,
             multiply_registers=168,
             helper_registers=48,

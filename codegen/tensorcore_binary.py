@@ -1,6 +1,6 @@
 # mypy: disable-error-code="misc, untyped-decorator, no-untyped-def, used-before-def"
 # ruff: noqa: F823, F841, B007  (TIRx inline functions share the scope of their caller)
-"""sign_matmul for 8 and 16 tokens on the binary warp-group tensor instruction of sm_90a.
+"""sign_matmul for 2 to 16 tokens on the binary warp-group tensor instruction of sm_90a.
 
 A tile of signs is an operand of `wgmma.m64nNk256` as it is: with and.popc, entry (row, n) of the product counts the
 columns whose sign bit and whose bit in column n of the other operand are both set. That other operand is z cut into its
@@ -14,8 +14,12 @@ that every processor reads only its part of z, and in the end adds the sums of t
 Warps. The copy engine brings everything into shared memory. `lanes` warp groups side by side take the same tiles, each
 for its part of the tokens; a team of them takes tiles of four row blocks one below the other from a ring of its own,
 which one warp fills, several columns at a time. Another warp has z copied, one block of 256 columns after the other,
-and the remaining `cutters` turn its bytes into bits where they lie. Row blocks past the last of a cluster are
-multiplied as garbage that nobody reads. Before the dependent-launch wait a block reads signs and their scales only.
+and adds up its sums; the remaining `cutters` turn its bytes into bits where they lie. Row blocks past the last of a
+cluster are multiplied as garbage that nobody reads, columns past the last with bits of zero. Until z has come, one
+stage of each ring is on its way at a time, then some stages more into L2, so that the lift's loads wait for few others.
+
+Before z has come a block reads signs and their scales only: warps that touch z wait for the kernels before, and the
+others wait for them.
 
 A register operand is loaded only when the product that read it before is complete: it is read while it is in flight.
 """
