@@ -338,7 +338,6 @@ DEVICE: dict[str, tuple[str, str]] = {
     "barrier_await": (group_device.BARRIER_AWAIT, ""),
     "barrier_expect": (group_device.BARRIER_EXPECT, ""),
     "barrier_init": (device.BARRIER_INIT, ""),
-    "barrier_signal": (group_device.BARRIER_SIGNAL, ""),
     "cluster_leave": (group_device.CLUSTER_LEAVE, ""),
     "dependent_start": (device.DEPENDENT_START, ""),
     "dependent_wait": (device.DEPENDENT_WAIT, ""),

@@ -116,9 +116,7 @@ def lift_planes(symbol: str, dtype: str, knobs: LiftKnobs, form: str = "plain") 
         squares = pool.alloc((GROUP * WARPS * (CLUSTER + 1),), "float32", align=16)
         sums = pool.alloc((GROUP,), "int32", align=16)
         places = pool.alloc((4 * THREADS,), "int32", align=16) if DIRECT else sums
-        ready = pool.alloc(
-            (1,), "uint64", align=16
-        )  # P' and the squares of all blocks of the cluster are there
+        ready = pool.alloc((1,), "uint64", align=16)  # P' and squares of the other blocks of the cluster
         kept = pool.alloc((UNITS * KEPT * WARPS * 128,), "uint32", align=16) if KEPT > 0 else mixed
         pool.commit(knobs.shared_bytes())
         raw = T.alloc_local((ITEMS * AHEAD * RAW,), "uint32")
@@ -179,7 +177,7 @@ def lift_planes(symbol: str, dtype: str, knobs: LiftKnobs, form: str = "plain") 
             sums[tx] = 0
         if CLUSTER > 1:
             if tx == 0:
-                call("barrier_init", ready.ptr_to([0]), WARPS + 1)
+                call("barrier_init", ready.ptr_to([0]), 1)
                 call("fence_init")
                 call(
                     "barrier_expect",
@@ -368,13 +366,9 @@ def lift_planes(symbol: str, dtype: str, knobs: LiftKnobs, form: str = "plain") 
                 rank,
                 CLUSTER,
             )
+        T.cuda.cta_sync()
         if CLUSTER > 1:
-            T.cuda.warp_sync()
-            if lane == 0:
-                call("barrier_signal", ready.ptr_to([0]))
-            call("barrier_await", ready.ptr_to([0]), 0)
-        else:
-            T.cuda.cta_sync()
+            call("barrier_await", ready.ptr_to([0]), 0)  # what the other blocks store
 
         @T.inline
         def multiply(g, chain, words, apart, first):  # P' and operand g of left; zero past the last one
