@@ -85,8 +85,8 @@ class PopcountKnobs:
 
     tokens: the most tokens of a call. warps: of a block, at least one per token. ring: tiles a warp has in flight.
     chunk_blocks: blocks of 256 columns whose z is in shared memory as bits at a time. block_rows: most blocks of 16
-    rows of one block. early_tiles: tiles of the ring that a warp asks for before z has come (0: all); first_tiles: those
-    of them at once, each of the others when one has come (0: all at once), so that other loads wait less.
+    rows of one block. early_tiles: tiles of the ring that a warp asks for before z has come (0: all), first_tiles:
+    those of them at once, each of the others when one has come (0: all at once), so that other loads wait less.
     dependent_launch: start while the kernel before still runs (sm_90 on). pad_bytes: unused shared memory, to keep
     blocks apart.
     """
