@@ -129,7 +129,7 @@ class Bench:
                     made.append(self._record(candidate, fmt, (rows, features), batch, time, size))
                 if len(shapes) > 1:
                     copies = self._copies(ops, shapes, fmt, batch)
-                    time = self._chain(ops, copies, "whole" if lifts else "product")
+                    time = self._chain(ops, copies, "whole")  # as they run: what is fastest alone need not be
                     size = sum(c.sign_bytes for c in copies)
                     names = "+".join(f"{a}x{b}" for a, b in shapes)
                     chain = f"{names}*{len(copies) // len(shapes)}"
