@@ -25,11 +25,6 @@ def barrier_expect(barrier: Any, count: Any) -> Any:
     return T.cuda.func_call("liftc_barrier_expect", barrier, count, source_code=group_device.BARRIER_EXPECT)
 
 
-def barrier_signal(barrier: Any) -> Any:
-    """Arrive."""
-    return T.cuda.func_call("liftc_barrier_signal", barrier, source_code=group_device.BARRIER_SIGNAL)
-
-
 def warp_signal(barrier: Any) -> Any:
     """One thread of the warp arrives."""
     return T.cuda.func_call("liftc_warp_signal", barrier, source_code=group_device.WARP_SIGNAL)

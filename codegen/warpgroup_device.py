@@ -21,13 +21,6 @@ __device__ __forceinline__ void liftc_barrier_expect(void* barrier, int bytes) {
 """
 """Arrive, and keep the phase open until so many bytes have been copied."""
 
-BARRIER_SIGNAL = r"""
-__device__ __forceinline__ void liftc_barrier_signal(void* barrier) {
-  asm volatile("mbarrier.arrive.shared.b64 _, [%0];"
-               :: "r"(static_cast<unsigned>(__cvta_generic_to_shared(barrier))) : "memory");
-}
-"""
-
 WARP_SIGNAL = r"""
 __device__ __forceinline__ void liftc_warp_signal(void* barrier) {
   asm volatile("{ .reg .pred p; elect.sync _|p, 0xffffffff; @p mbarrier.arrive.shared.b64 _, [%0]; }"

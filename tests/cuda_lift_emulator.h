@@ -84,7 +84,6 @@ inline void liftc_barrier_expect(void* at, int bytes) {
 inline void liftc_barrier_await(void* at, int) {
   while (static_cast<Barrier*>(at)->pending > 0 || cluster::missing[at] != 0) block::give_way();
 }
-inline void liftc_barrier_signal(void* at) { --static_cast<Barrier*>(at)->pending; }
 inline void liftc_share_float(float value, void* at, int to, void* barrier, int rank, int peers) {
   if (to != rank) cluster::missing[cluster::peer(barrier, to)] -= 4;
   std::memcpy(to != rank ? cluster::peer(at, to) : at, &value, 4);

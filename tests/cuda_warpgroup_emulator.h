@@ -97,12 +97,10 @@ inline void liftc_barrier_expect(void* at, int bytes) {
   --static_cast<Barrier*>(at)->pending;
   group::complete(at);
 }
-inline void liftc_barrier_signal(void* at) {
+inline void liftc_warp_signal(void* at) {
+  if (block::current % 32) return;
   --static_cast<Barrier*>(at)->pending;
   group::complete(at);
-}
-inline void liftc_warp_signal(void* at) {
-  if (block::current % 32 == 0) liftc_barrier_signal(at);
 }
 inline void liftc_barrier_await(void* at, int parity) {
   while (static_cast<Barrier*>(at)->phase % 2 == parity) {
