@@ -105,7 +105,8 @@ class PopcountKnobs:
         """Dynamic shared memory of a block."""
         bits = self.chunk_blocks * self.tokens * 512
         sums = -(-self.tokens * (self.block_rows * 16 + 8) * 4 // 16) * 16
-        return bits + self.warps * self.ring * 512 + sums + 2 * -(-self.tokens // 4) * 16 + self.pad_bytes
+        tiles = self.warps * (self.ring * 512 + 16)
+        return bits + tiles + sums + 2 * -(-self.tokens // 4) * 16 + self.pad_bytes
 
     def describe(self) -> tuple[str, ...]:
         """One text "name=value" per knob."""

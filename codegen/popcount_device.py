@@ -1,13 +1,22 @@
 """Device functions of the binary tensor-core sign_matmul (codegen/tensorcore_popcount.py)."""
 
+ADDRESS = r"""
+__device__ __forceinline__ unsigned long long liftc_address(const void* at) {
+  unsigned long long address = reinterpret_cast<unsigned long long>(at);
+  asm volatile("" : "+l"(address));
+  return address;
+}
+"""
+"""An address as a number that is computed here and not later, where every instruction counts."""
+
 LOAD_BYTES = r"""
-__device__ __forceinline__ void liftc_load_bytes(const void* from, int apart, void* out) {
+__device__ __forceinline__ void liftc_load_bytes(unsigned long long from, int apart, void* out) {
   unsigned* v = static_cast<unsigned*>(out);
 #pragma unroll
   for (int q = 0; q < 4; ++q)
     asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];"
                  : "=r"(v[4 * q]), "=r"(v[4 * q + 1]), "=r"(v[4 * q + 2]), "=r"(v[4 * q + 3])
-                 : "l"(static_cast<const char*>(from) + q * apart));
+                 : "l"(from + q * apart));
 }
 """
 """64 bytes of one plane from L2, four vectors of 16 bytes that lie `apart` bytes from each other: word 4 q + 2 e + h
@@ -51,12 +60,10 @@ __device__ __forceinline__ int liftc_weigh_bits(unsigned low0, unsigned low1, un
   const int place = lane % 4 * 2;
   const unsigned last = place == 6 ? 0u - 2u : 2u;  // the eighth bit of a byte counts -128
   const unsigned low = low0 + last * low1, high = high0 + last * high1;
-  int sum = static_cast<int>((low + 256u * high) << place);
-  sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-  return sum + __shfl_xor_sync(0xffffffffu, sum, 2);
+  return static_cast<int>((low + 256u * high) << place);
 }
 """
-"""Counts of bits 2 (lane mod 4) and the next one, of the low and the high byte, weighed and added over four lanes."""
+"""Counts of bits 2 (lane mod 4) and the next one, of the low and the high byte, weighed and added."""
 
 LANES_ADD = r"""
 __device__ __forceinline__ int liftc_lanes_add(int value) {

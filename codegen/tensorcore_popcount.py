@@ -81,6 +81,7 @@ def sign_matmul_popcount(symbol: str, knobs: PopcountKnobs) -> Any:
         bits = pool.alloc((CHUNK * TOKENS * TILE_WORDS,), "uint32", align=16)
         ring = pool.alloc((WARPS * RING * TILE_WORDS,), "uint32", align=16)
         sums = pool.alloc((TOKENS * SUMS,), "int32", align=16)
+        begin = pool.alloc((WARPS * 4,), "int32", align=16)
         total = pool.alloc((TOKENS,), "int32", align=16)
         token_scale = pool.alloc((TOKENS,), "float32", align=16)
         pool.commit(SMEM)
@@ -106,17 +107,38 @@ def sign_matmul_popcount(symbol: str, knobs: PopcountKnobs) -> Any:
         )
         bits_at: T.uint32 = T.cuda.cvta_generic_to_shared(bits.ptr_to([lane * 4]))
 
-        # Prefetch cursor: where the next tile is, tiles to the end of its row or share, and tiles of the share behind.
-        p_start: T.int32 = 0
-        p_len: T.int32 = 0
-        p_off: T.int32 = 0
-        p_run: T.int32 = 0
-        p_left: T.int32 = 0
-        slot: T.int32 = 0
-        step: T.int32 = 0
+        # A warp's share of a chunk: its next run of tiles in one row block, and the tiles of the share behind it.
+        row: T.int32 = 0
+        col: T.int32 = 0
+        run: T.int32 = 0
+        rest: T.int32 = 0
 
         @T.inline
-        def seek():  # the first tile of the warp's share of the next chunk where it has one
+        def share(length):
+            rest = warp * (blocks * length) // WARPS
+            row = T.truncdiv(rest, length)
+            col = rest - row * length
+            rest = (warp + 1) * (blocks * length) // WARPS - rest
+            run = T.min(length - col, rest)
+            rest = rest - run
+
+        # Prefetch cursor: where the next tile is, tiles to the end of its row or share, and tiles of the share behind.
+        p_start: T.int32 = chunk
+        p_len: T.int32 = chunk
+        share(chunk)
+        p_off: T.int32 = base + (row * KB + col) * TILE_WORDS
+        p_run: T.int32 = run
+        p_left: T.int32 = rest
+        slot: T.int32 = 0
+        step: T.int32 = 0
+        if lane == 0:  # kept for the time when z is there
+            begin[warp * 4] = row
+            begin[warp * 4 + 1] = col
+            begin[warp * 4 + 2] = run
+            begin[warp * 4 + 3] = rest
+
+        @T.inline
+        def seek():  # the first tile of the warp's share of the next chunk that has one
             while p_run == 0 and p_start < KB:
                 p_len = T.min(chunk, KB - p_start)
                 p_first: T.int32 = warp * (blocks * p_len) // WARPS
@@ -158,27 +180,37 @@ def sign_matmul_popcount(symbol: str, knobs: PopcountKnobs) -> Any:
                 row_scale[i] = scale[row0 * 16 + i * THREADS + tx]
         for i in T.serial((TOKENS * SUMS - tx + THREADS - 1) // THREADS, annotations=ROLLED):
             sums[i * THREADS + tx] = 0
-        if knobs.dependent_launch:
-            T.cuda.func_call("liftc_dependent_wait", source_code=device.DEPENDENT_WAIT)
 
         @T.inline
-        def convert(first, length):  # z of these blocks of columns, as bits
-            for turn in T.serial((length * (8 * TOKENS) + THREADS - 1) // THREADS, annotations=ROLLED):
-                task: T.let[T.int32] = turn * THREADS + tx
-                if task < length * (8 * TOKENS) and task // 8 % TOKENS < m:
+        def convert(length):  # z of these blocks of columns, as bits
+            task = tx
+            while task < length * (8 * TOKENS):
+                if task // 8 % TOKENS < m:
                     T.cuda.func_call(
-                        "liftc_load_bytes",
-                        planes.ptr_to([first + task // (8 * TOKENS), 0, task // 4 % COLS, task % 4 * 16]),
-                        COLS * 64,
-                        raw.ptr_to([0]),
+                        "liftc_load_bytes", z_from, COLS * 64, raw.ptr_to([0]),
                         source_code=popcount_device.LOAD_BYTES,
-                    )
+                    )  # fmt: skip
                     T.cuda.func_call(
                         "liftc_store_bits",
                         raw.ptr_to([0]),
                         bits.ptr_to([task // 8 * TILE_WORDS + task % 4 * 4 + task // 4 % 2 * 2]),
                         source_code=popcount_device.STORE_BITS,
                     )
+                task = task + THREADS
+                z_from = z_from + T.uint64(THREADS // (8 * TOKENS) * COLS * 256)
+
+        @T.inline
+        def address_of(first):  # of the bytes of z that a thread converts first
+            z_from = T.cuda.func_call(
+                "liftc_address", planes.ptr_to([first + tx // (8 * TOKENS), 0, tx // 4 % COLS, tx % 4 * 16]),
+                source_code=popcount_device.ADDRESS, return_type="uint64",
+            )  # fmt: skip
+
+        task: T.int32 = tx
+        z_from: T.uint64 = T.uint64(0)
+        address_of(0)
+        if knobs.dependent_launch:
+            T.cuda.func_call("liftc_dependent_wait", source_code=device.DEPENDENT_WAIT)
 
         # The last warps, which have less to convert, add up the sums of z; their loads go first.
         which: T.let[T.int32] = WARPS - 1 - warp
@@ -196,7 +228,7 @@ def sign_matmul_popcount(symbol: str, knobs: PopcountKnobs) -> Any:
                 source_code=device.LOAD_WORD,
                 return_type="int32",
             )
-        convert(0, chunk)
+        convert(chunk)
         for i in T.serial(RING - EARLY, annotations=ROLLED):
             issue()
         if which < m:
@@ -215,14 +247,13 @@ def sign_matmul_popcount(symbol: str, knobs: PopcountKnobs) -> Any:
         T.cuda.cta_sync()
         for q in T.unroll(TOKENS * 8):
             acc[q] = T.uint32(0)
+        row = begin[warp * 4]
+        col = begin[warp * 4 + 1]
+        run = begin[warp * 4 + 2]
+        rest = begin[warp * 4 + 3]
         for c in T.serial(count, annotations=ROLLED):
             length: T.int32 = T.min(chunk, KB - c * chunk)
-            step = warp * (blocks * length) // WARPS
-            stop: T.int32 = (warp + 1) * (blocks * length) // WARPS
-            while step < stop:
-                row: T.int32 = T.truncdiv(step, length)
-                col: T.int32 = step - row * length
-                run: T.int32 = T.min(length - col, stop - step)
+            while run > 0:
                 z_at: T.uint32 = bits_at + T.Cast("uint32", col * (TOKENS * TILE_BYTES))
                 for i in T.serial(run, annotations=ROLLED):
                     T.ptx["cp.async.wait_group"](RING - 1)
@@ -245,29 +276,36 @@ def sign_matmul_popcount(symbol: str, knobs: PopcountKnobs) -> Any:
                             acc[t * 8 + 4 + 2 * r], acc[t * 8 + 5 + 2 * r], acc[t * 8 + 2 * r], acc[t * 8 + 2 * r + 1],
                             lane, source_code=popcount_device.WEIGH_BITS, return_type="int32",
                         )  # fmt: skip
-                        if lane % 4 == r and t < m:
+                        if t < m:
                             T.ptx["red.shared.add.u32"](
                                 sums.ptr_to([t * SUMS + row * 16 + r * 8 + lane // 4]),
                                 T.reinterpret("uint32", weighed),
                             )
                 for q in T.unroll(TOKENS * 8):
                     acc[q] = T.uint32(0)
-                step = step + run
+                row = row + 1
+                col = 0
+                run = T.min(length, rest)
+                rest = rest - run
             if c + 1 < count:
                 T.cuda.cta_sync()
-                convert((c + 1) * chunk, T.min(chunk, KB - (c + 1) * chunk))
+                task = tx
+                address_of((c + 1) * chunk)
+                convert(T.min(chunk, KB - (c + 1) * chunk))
+                share(T.min(chunk, KB - (c + 1) * chunk))
                 T.cuda.cta_sync()
         T.cuda.cta_sync()
         for i in T.unroll(MINE):
             row_of: T.let[T.int32] = i * THREADS + tx
             if row_of < blocks * 16 and row0 * 16 + row_of < OC:
-                for token in T.serial(m, annotations=ROLLED):
-                    T.cuda.func_call(
-                        "liftc_store_y",
-                        y.ptr_to([0]), T.Cast("int64", token) * OC + (row0 * 16 + row_of), kind,
-                        sums[token * SUMS + row_of], total[token], token_scale[token], row_scale[i],
-                        source_code=device.STORE_Y,
-                    )  # fmt: skip
+                for token in T.unroll(TOKENS):
+                    if token < m:
+                        T.cuda.func_call(
+                            "liftc_store_y",
+                            y.ptr_to([0]), T.Cast("int64", token) * OC + (row0 * 16 + row_of), kind,
+                            sums[token * SUMS + row_of], total[token], token_scale[token], row_scale[i],
+                            source_code=device.STORE_Y,
+                        )  # fmt: skip
 
     if knobs.dependent_launch:
         function = function.with_attr("tirx.kernel_launch_params", ["tirx.use_programtic_dependent_launch"])

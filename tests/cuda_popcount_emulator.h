@@ -30,9 +30,10 @@ inline int __shfl_xor_sync(uint, int value, int mask) {
   block::meet(warp);
   return other;
 }
-inline void liftc_load_bytes(const void* from, int apart, void* out) {
+inline unsigned long long liftc_address(const void* at) { return reinterpret_cast<unsigned long long>(at); }
+inline void liftc_load_bytes(unsigned long long from, int apart, void* out) {
   for (int q = 0; q < 4; ++q) {
-    const char* at = static_cast<const char*>(from) + q * apart;
+    const char* at = reinterpret_cast<const char*>(from) + q * apart;
     if (warp::inside(at, 16)) std::memcpy(static_cast<char*>(out) + 16 * q, at, 16);
   }
 }
