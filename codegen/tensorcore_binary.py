@@ -62,6 +62,7 @@ def sign_matmul_binary(symbol: str, knobs: BinaryKnobs) -> Any:
     SMEM = knobs.shared_bytes()
     STAGE_WORDS = DEPTH * 4 * TILE_WORDS  # four row blocks, DEPTH tiles each
     BLOCK_BYTES = COLS * 256  # planes of 256 columns
+    STORERS = WARPS * 32 // knobs.tokens  # threads that store the results of a token
     AT_ONCE = min(knobs.first_stages, RING) if knobs.first_stages else RING
     PIECES = -(-DEPTH * 2 * COLS // 32)  # of a stage of z: what a warp cuts at a time
     # No swizzle; matrices of 8 columns x 128 bits in 128 bytes. The next 128 bits of K lie COLS * 16 bytes on, the next
@@ -447,20 +448,22 @@ def sign_matmul_binary(symbol: str, knobs: BinaryKnobs) -> Any:
             if held >= 0:
                 flush()
             meet()
-            fours: T.int32 = rows // 4  # of rows
-            for i in T.serial((m * fours - tx + 4 * WARPS * 32 - 1) // (4 * WARPS * 32)):
+            fours: T.int32 = rows // 4  # of rows; the threads of a token have them in turn, four at a time
+            token: T.let[T.int32] = tx // STORERS
+            for i in T.serial((fours - tx % STORERS + 4 * STORERS - 1) // (4 * STORERS)):
                 for j in T.unroll(4):
-                    of: T.int32 = T.min((i * 4 + j) * (WARPS * 32) + tx, m * fours - 1)
-                    at: T.int32 = of // fours * SUMS + top + of % fours * 4
-                    for q in T.unroll(4):
-                        found[j * 4 + q] = sums[at + q]
-                    for other in T.unroll(SPLIT - 1):
-                        call.add_peer(found.ptr_to([j * 4]), sums.ptr_to([at]), (rank + 1 + other) % SPLIT)
+                    if (i * 4 + j) * STORERS < fours and token < m:
+                        four: T.int32 = T.min((i * 4 + j) * STORERS + tx % STORERS, fours - 1)
+                        at: T.int32 = token * SUMS + top + four * 4
+                        for q in T.unroll(4):
+                            found[j * 4 + q] = sums[at + q]
+                        for other in T.unroll(SPLIT - 1):
+                            call.add_peer(
+                                found.ptr_to([j * 4]), sums.ptr_to([at]), (rank + 1 + other) % SPLIT
+                            )
                 for j in T.unroll(4):
-                    place2: T.int32 = (i * 4 + j) * (WARPS * 32) + tx
-                    token: T.int32 = place2 // fours
-                    row: T.int32 = (place2 - token * fours) * 4
-                    if place2 < m * fours:
+                    row: T.int32 = ((i * 4 + j) * STORERS + tx % STORERS) * 4
+                    if row < rows and token < m:
                         T.cuda.func_call(
                             "liftc_store_four",
                             y.ptr_to([0]), T.Cast("int64", token) * OC + (row0 * 16 + top + row),
