@@ -114,6 +114,8 @@ def sign_matmul_binary(symbol: str, knobs: BinaryKnobs) -> Any:
         token_scale = pool.alloc((knobs.tokens,), "float32", align=16)
         row_scale = pool.alloc((ROWS // SPLIT + 16,), "float32", align=16)
         asked = pool.alloc((TEAMS,), "uint64", align=16)  # the last 16 bytes of stages asked into L2 are here
+        ready = pool.alloc((1,), "uint64", align=16)  # what the other blocks of the cluster add to the sums
+        summed = pool.alloc((1,), "uint64", align=16)  # z of all tokens
         last_bytes = pool.alloc((TEAMS * 16,), "uint32", align=16)
         pool.commit(SMEM)
         acc = T.alloc_local((FOURS * 32,), "uint32")
@@ -210,13 +212,6 @@ def sign_matmul_binary(symbol: str, knobs: BinaryKnobs) -> Any:
                 )
 
         @T.inline
-        def meet():  # all sums are there
-            if SPLIT > 1:
-                call.cluster_sync()
-            else:
-                T.cuda.cta_sync()
-
-        @T.inline
         def sum_z():  # what the lift has left to add up of the sums of z, and its scales
             token_of: T.int32 = lane % TOKENS
             if lane < TOKENS:
@@ -235,6 +230,8 @@ def sign_matmul_binary(symbol: str, knobs: BinaryKnobs) -> Any:
                 for j in T.unroll(8):
                     piece = piece + T.Select((i * 8 + j) * SHARE + lane // TOKENS < P, found[j], 0)
             T.ptx["red.shared.add.u32"](total.ptr_to([token_of]), T.Cast("uint32", piece))
+            T.cuda.warp_sync()
+            call.warp_signal(summed.ptr_to([0]))
 
         @T.inline
         def change():  # of the ring's cursor for the one that asks stages into L2
@@ -334,14 +331,21 @@ def sign_matmul_binary(symbol: str, knobs: BinaryKnobs) -> Any:
             start: T.int32 = step
             while turn == 0 and step < T.min(stop, start + AT_ONCE):
                 fill()
+        top: T.int32 = T.truncdiv(rank * (blocks * 16), SPLIT)  # rows that this block finishes
+        rows: T.int32 = T.truncdiv((rank + 1) * (blocks * 16), SPLIT) - top
         if warp == COPIER:
+            if lane == 0:
+                call.barrier_init(summed.ptr_to([0]), 1)
+                if SPLIT > 1:
+                    call.barrier_init(ready.ptr_to([0]), 1)
             if lane < WINDOW:
                 call.barrier_init(landed.ptr_to([lane]), 1)
                 call.barrier_init(full.ptr_to([lane]), PIECES)
                 call.barrier_init(empty.ptr_to([lane]), WARPS)
             call.fence_init()
-        top: T.int32 = T.truncdiv(rank * (blocks * 16), SPLIT)  # rows that this block finishes
-        rows: T.int32 = T.truncdiv((rank + 1) * (blocks * 16), SPLIT) - top
+            if SPLIT > 1:
+                if lane == 0:
+                    call.barrier_expect(ready.ptr_to([0]), (SPLIT - 1) * rows * m * 4)
         T.cuda.cta_sync()
 
         if warp < WARPS:
@@ -427,6 +431,8 @@ def sign_matmul_binary(symbol: str, knobs: BinaryKnobs) -> Any:
                 if row0 * 16 + top + i * (WARPS * 32) + tx < OC:
                     row_scale[i * (WARPS * 32) + tx] = scale[row0 * 16 + top + i * (WARPS * 32) + tx]
             call.group_sync(WARPS * 32)
+            if SPLIT > 1:
+                call.cluster_arrive()
             for c in T.serial(chunks):
                 ended: T.int32 = col  # 0 after the last stage of a chunk
                 next_chunk()
@@ -447,9 +453,21 @@ def sign_matmul_binary(symbol: str, knobs: BinaryKnobs) -> Any:
             settle()
             if held >= 0:
                 flush()
-            meet()
+            call.group_sync(WARPS * 32)
+            token: T.let[T.int32] = tx // STORERS  # whose sums this thread passes on and stores
+            if SPLIT > 1:
+                call.cluster_await()  # long over: its sums are zero, or hold its own products
+                for other in T.unroll(SPLIT - 1):
+                    peer: T.int32 = (rank + 1 + other) % SPLIT
+                    from_row: T.int32 = T.truncdiv(peer * (blocks * 16), SPLIT)
+                    count: T.int32 = T.truncdiv((peer + 1) * (blocks * 16), SPLIT) - from_row
+                    if token < m:
+                        for i in T.serial((count - tx % STORERS + STORERS - 1) // STORERS):
+                            of: T.int32 = token * SUMS + from_row + i * STORERS + tx % STORERS
+                            call.add_to_peer(sums.ptr_to([of]), sums[of], peer, ready.ptr_to([0]))
+                call.barrier_await(ready.ptr_to([0]), 0)
+            call.barrier_await(summed.ptr_to([0]), 0)
             fours: T.int32 = rows // 4  # of rows; the threads of a token have them in turn, four at a time
-            token: T.let[T.int32] = tx // STORERS
             for i in T.serial((fours - tx % STORERS + 4 * STORERS - 1) // (4 * STORERS)):
                 for j in T.unroll(4):
                     if (i * 4 + j) * STORERS < fours and token < m:
@@ -457,10 +475,6 @@ def sign_matmul_binary(symbol: str, knobs: BinaryKnobs) -> Any:
                         at: T.int32 = token * SUMS + top + four * 4
                         for q in T.unroll(4):
                             found[j * 4 + q] = sums[at + q]
-                        for other in T.unroll(SPLIT - 1):
-                            call.add_peer(
-                                found.ptr_to([j * 4]), sums.ptr_to([at]), (rank + 1 + other) % SPLIT
-                            )
                 for j in T.unroll(4):
                     row: T.int32 = ((i * 4 + j) * STORERS + tx % STORERS) * 4
                     if row < rows and token < m:
@@ -474,6 +488,8 @@ def sign_matmul_binary(symbol: str, knobs: BinaryKnobs) -> Any:
         else:
             if knobs.helper_registers > 0:
                 T.ptx["setmaxnreg.dec.sync.aligned.u32"](knobs.helper_registers)
+            if SPLIT > 1:
+                call.cluster_arrive()
             if warp < COPIER:
                 fill_rings()
             elif warp == COPIER:
@@ -509,10 +525,6 @@ def sign_matmul_binary(symbol: str, knobs: BinaryKnobs) -> Any:
                         call.warp_signal(full.ptr_to([spot]))
                         due = due + knobs.cutters
                     due = due - PIECES
-            meet()
-        if SPLIT > 1:
-            # Nobody leaves while its sums are read.
-            call.cluster_leave()
 
     if knobs.dependent_launch:
         function = function.with_attr("tirx.kernel_launch_params", ["tirx.use_programtic_dependent_launch"])

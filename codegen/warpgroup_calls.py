@@ -50,19 +50,21 @@ def fence_shared() -> Any:
     return T.cuda.func_call("liftc_fence_shared", source_code=group_device.FENCE_SHARED)
 
 
-def cluster_sync() -> Any:
-    """A barrier of all threads of the cluster, after which they see each other's shared memory."""
-    return T.cuda.func_call("liftc_cluster_sync", source_code=group_device.CLUSTER_SYNC)
+def cluster_arrive() -> Any:
+    """Tell the cluster that this thread has prepared its part of shared memory."""
+    return T.cuda.func_call("liftc_cluster_arrive", source_code=group_device.CLUSTER_ARRIVE)
 
 
-def cluster_leave() -> Any:
-    """A barrier of all threads of the cluster that makes nothing visible."""
-    return T.cuda.func_call("liftc_cluster_leave", source_code=group_device.CLUSTER_LEAVE)
+def cluster_await() -> Any:
+    """Wait until all threads of the cluster have arrived."""
+    return T.cuda.func_call("liftc_cluster_await", source_code=group_device.CLUSTER_AWAIT)
 
 
-def add_peer(sums: Any, at: Any, rank: Any) -> Any:
-    """Add four int32 of the shared memory of block `rank` of the cluster, where this block has `at`."""
-    return T.cuda.func_call("liftc_add_peer", sums, at, rank, source_code=group_device.ADD_PEER)
+def add_to_peer(at: Any, value: Any, rank: Any, barrier: Any) -> Any:
+    """Add a word to another block's shared memory, whose barrier counts the bytes."""
+    return T.cuda.func_call(
+        "liftc_add_to_peer", at, value, rank, barrier, source_code=group_device.ADD_TO_PEER
+    )
 
 
 def group_sync(threads: Any) -> Any:

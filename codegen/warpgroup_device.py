@@ -67,20 +67,19 @@ __device__ __forceinline__ void liftc_group_sync(int threads) {
 """
 """A barrier of the first `threads` threads of a block, whole warps."""
 
-ADD_PEER = r"""
-__device__ __forceinline__ void liftc_add_peer(void* sums, const void* at, int rank) {
-  int* v = static_cast<int*>(sums);
-  int w[4];
-  unsigned peer;
+ADD_TO_PEER = r"""
+__device__ __forceinline__ void liftc_add_to_peer(void* at, int value, int rank, void* barrier) {
+  unsigned peer, counts;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
                : "=r"(peer) : "r"(static_cast<unsigned>(__cvta_generic_to_shared(at))), "r"(rank));
-  asm volatile("ld.shared::cluster.v4.s32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3]) : "r"(peer) : "memory");
-#pragma unroll
-  for (int i = 0; i < 4; ++i) v[i] += w[i];
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
+               : "=r"(counts) : "r"(static_cast<unsigned>(__cvta_generic_to_shared(barrier))), "r"(rank));
+  asm volatile("red.async.relaxed.cluster.shared::cluster.mbarrier::complete_tx::bytes.add.u32 [%0], %1, [%2];"
+               :: "r"(peer), "r"(value), "r"(counts) : "memory");
 }
 """
-"""Adds four words of the shared memory of block `rank` of the cluster, at the place where this block has `at`."""
+"""Adds a word to the shared memory of block `rank` of the cluster, at the place where this block has `at`; the barrier
+there counts its four bytes."""
 
 CLUSTER_LEAVE = r"""
 __device__ __forceinline__ void liftc_cluster_leave() {
@@ -89,12 +88,18 @@ __device__ __forceinline__ void liftc_cluster_leave() {
 """
 """A barrier of all threads of the cluster that makes nothing visible: each has read what it wanted of the others."""
 
-CLUSTER_SYNC = r"""
-__device__ __forceinline__ void liftc_cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+CLUSTER_ARRIVE = r"""
+__device__ __forceinline__ void liftc_cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 }
 """
-"""A barrier of all threads of the cluster, after which they see each other's shared memory."""
+
+CLUSTER_AWAIT = r"""
+__device__ __forceinline__ void liftc_cluster_await() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+"""
+"""Wait until all threads of the cluster have arrived, and see what they had written to shared memory before."""
 
 FENCE_SHARED = r"""
 __device__ __forceinline__ void liftc_fence_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

@@ -13,7 +13,8 @@ struct Bulk { void* to; const void* from; int bytes; };
 static std::map<int, Queue> queues;
 static std::map<void*, std::vector<Bulk>> copies;  // on their way, by barrier
 static std::map<void*, long> expected;             // bytes, by barrier
-static std::map<int, block::Meeting> clusters, teams;
+static std::map<int, block::Meeting> teams;
+static std::map<int, int> arrived;  // threads, by cluster
 static int split = 1;
 
 // PTX ISA: fragments of wgmma.m64n64k256; shared memory without swizzle in matrices of 8 x 16 bytes, K-major.
@@ -118,19 +119,19 @@ inline void liftc_bulk_copy(void* to, const void* from, int bytes, void* at) {
   group::land(at);
 #endif
 }
-inline void liftc_cluster_sync() {
-  int size = block::block_threads, cluster = block::current / (size * group::split);
-  block::Meeting& meeting = group::clusters[cluster];
-  meeting.size = size * group::split;
-  block::meet(meeting);
+inline void liftc_cluster_arrive() { ++group::arrived[block::current / (block::block_threads * group::split)]; }
+inline void liftc_cluster_await() {
+  int threads = block::block_threads * group::split;
+  while (group::arrived[block::current / threads] < threads) block::give_way();
 }
-inline void liftc_cluster_leave() { liftc_cluster_sync(); }
-inline void liftc_add_peer(void* sums, const void* at, int rank) {
+inline void liftc_add_to_peer(void* at, int value, int rank, void* barrier) {
   int mine = block::current / block::block_threads;
-  const uchar* peer = reinterpret_cast<uchar*>(pools[mine - group::rank() + rank].data());
-  int words[4];
-  std::memcpy(words, peer + (static_cast<const uchar*>(at) - pool_buf_ptr), 16);
-  for (int i = 0; i < 4; ++i) static_cast<int*>(sums)[i] = int(uint32_t(static_cast<int*>(sums)[i]) + uint32_t(words[i]));
+  uchar* peer = reinterpret_cast<uchar*>(pools[mine - group::rank() + rank].data());
+  uint32_t* to = reinterpret_cast<uint32_t*>(peer + (static_cast<uchar*>(at) - pool_buf_ptr));
+  *to += uint32_t(value);
+  void* counts = peer + (static_cast<uchar*>(barrier) - pool_buf_ptr);
+  group::expected[counts] -= 4;
+  group::complete(counts);
 }
 inline void liftc_store_four(void* y, long long at, int count, int kind, const void* sets, int total, float token_scale,
                              const void* scales) {
@@ -153,4 +154,7 @@ inline int liftc_barrier_test(void* at, int parity, int lane) {
 inline void liftc_launch_registers(int) {}
 inline void tvm_builtin_ptx_setmaxnreg_inc_sync_aligned_u32_120() {}
 inline void tvm_builtin_ptx_setmaxnreg_dec_sync_aligned_u32_56() {}
-extern "C" void set_split(int split) { group::split = split; }
+extern "C" void set_split(int split) {  // before every launch
+  group::split = split;
+  group::arrived.clear();
+}
