@@ -114,60 +114,6 @@ class PopcountKnobs:
 
 
 @dataclass(frozen=True)
-class LiftedKnobs:
-    """Choices of the product that lifts for itself (codegen/tensorcore_lifted.py), for one token.
-
-    warps: of a block. ring: tiles a warp has in flight; start_tiles: those it asks for before x is awaited, step_tiles:
-    those after each of the first three steps of the lift, the rest when z is bits. block_rows: most blocks of 16 rows
-    of one block. most_left, most_right, most_lifted: largest left factor, rows and columns of right, multiples of 16.
-    dependent_launch: start while the kernel before still runs (sm_90 on).
-    """
-
-    tokens: int = 1
-    warps: int = 24
-    ring: int = 9
-    start_tiles: int = 3
-    step_tiles: int = 2
-    block_rows: int = 32
-    most_left: int = 64
-    most_right: int = 64
-    most_lifted: int = 192
-    dependent_launch: bool = False
-
-    @property
-    def tiles(self) -> int:
-        """8-column tiles of T* x that a warp computes at a time."""
-        return -(-self.most_lifted // 8 // max(self.warps // (self.most_left // 16), 1))
-
-    def right_bytes(self) -> int:
-        """Shared memory of the operands of right."""
-        return self.most_lifted // 8 * (self.most_right // 16) * 512
-
-    def left_bytes(self) -> int:
-        """Shared memory of the operands of left and of Q, and then of z in bits."""
-        left, mixed = (self.most_left // 16) ** 2 * 1024, self.most_left * self.most_right * 4
-        return max(left + mixed, -(-self.most_left * self.most_lifted // 256) * 512)
-
-    def low_bytes(self) -> int:
-        """From the high byte of a z to its low one: the eight lanes of a load have banks of their own."""
-        return -(-self.most_left * self.most_lifted // 256) * 256 + 64
-
-    def x_bytes(self) -> int:
-        """Shared memory of x, and then of z in bytes."""
-        x = 2 * self.most_left * (self.most_right + 8) * 2
-        return max(x, 2 * self.low_bytes())
-
-    def shared_bytes(self) -> int:
-        """Dynamic shared memory of a block."""
-        lift = self.right_bytes() + self.left_bytes() + self.x_bytes() + -(-self.warps // 4) * 16 + 16
-        return lift + self.warps * self.ring * 512 + (self.block_rows * 16 + 8) * 4
-
-    def describe(self) -> tuple[str, ...]:
-        """One text "name=value" per knob."""
-        return tuple(f"{name}={value}" for name, value in asdict(self).items())
-
-
-@dataclass(frozen=True)
 class BinaryKnobs:
     """Choices of the binary warp-group sign_matmul (codegen/tensorcore_binary.py).
 

@@ -20,7 +20,6 @@ from liftc.codegen.knobs import (
     BinaryKnobs,
     CpuKnobs,
     CudaKnobs,
-    LiftedKnobs,
     LiftKnobs,
     PopcountKnobs,
     TensorCoreKnobs,
@@ -176,24 +175,6 @@ def popcount_templates(
             archs=",".join(archs), block_rows=knobs.block_rows, knobs=" ".join(knobs.describe()),
         )  # fmt: skip
         yield KernelTemplate(function, partial(tensorcore_popcount.sign_matmul_popcount, symbol, knobs))
-
-
-def lifted_templates(
-    name: str, archs: tuple[str, ...], choices: tuple[LiftedKnobs, ...]
-) -> Iterator[KernelTemplate]:
-    """The product of one token that lifts for itself, of one family of chips; imports TVM."""
-    from liftc.codegen import tensorcore_lifted
-
-    for knobs in choices:
-        for short in sorted(TIR_DTYPES.keys() - {"f32"}):  # language models run in half precision on a GPU
-            symbol = f"lifted_sign_matmul_{name}_{short}"
-            function = KernelFunction(
-                symbol, "lifted_sign_matmul", short, max_tokens=knobs.tokens, shared_bytes=knobs.shared_bytes(),
-                archs=",".join(archs), block_rows=knobs.block_rows, most_left=knobs.most_left,
-                most_right=knobs.most_right, most_lifted=knobs.most_lifted, knobs=" ".join(knobs.describe()),
-            )  # fmt: skip
-            make = partial(tensorcore_lifted.lifted_sign_matmul, symbol, TIR_DTYPES[short], knobs)
-            yield KernelTemplate(function, make)
 
 
 def binary_templates(

@@ -197,64 +197,6 @@ them as half an operand, two words of high and two of low parts."""
 BF16 = f"\n#ifndef LIFTC_BF16\n#define LIFTC_BF16\n{CONVERT}{SPLIT}#endif\n"
 """Both, once in a source however many of their functions are called."""
 
-STAGE_X8 = r"""
-__device__ __forceinline__ float liftc_stage_x8(const void* raw, int kind, const void* scale, bool scaled, void* out,
-                                                int low) {
-  const float* s = static_cast<const float*>(scale);
-  unsigned first[4], second[4];
-  const float sum = liftc_split_x4(raw, kind, 0, s, scaled, 1, first) +
-                    liftc_split_x4(raw, kind, 1, s + 4, scaled, 1, second);
-  char* to = static_cast<char*>(out);
-  *reinterpret_cast<uint4*>(to) = make_uint4(first[0], first[1], second[0], second[1]);
-  if (kind != 2 || scaled)
-    *reinterpret_cast<uint4*>(to + low) = make_uint4(first[2], first[3], second[2], second[3]);
-  return sum;
-}
-"""
-"""Eight values of x, scaled: high parts go to `out`, low ones, where there are any, `low` bytes on. Returns the sum of
-squares."""
-
-LOAD_TURNED = r"""
-__device__ __forceinline__ void liftc_load_turned(const void* row, void* out) {
-  unsigned* v = static_cast<unsigned*>(out);
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
-               : "r"(static_cast<unsigned>(__cvta_generic_to_shared(row))) : "memory");
-}
-"""
-"""The second operands of two products with 16 x 8 halves each, from a matrix that has its columns side by side: lane l
-names row l mod 16, the upper half of the lanes eight columns on."""
-
-STORE_PAIR = r"""
-__device__ __forceinline__ int liftc_store_pair(const void* part, float inverse, void* out, int k, int most, int low) {
-  const float* p = static_cast<const float*>(part);
-  int z[2];
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    z[i] = __float2int_rn((p[i] + p[4 + i]) * inverse);
-    z[i] = z[i] < -16383 ? -16383 : z[i] > 16383 ? 16383 : z[i];
-    if (i >= most) z[i] = 0;
-  }
-  signed char* to = static_cast<signed char*>(out) + k;
-  const unsigned high = (z[0] + 128) >> 8 & 255 | ((z[1] + 128) >> 8 & 255) << 8;
-  const unsigned rest = z[0] & 255 | (z[1] & 255) << 8;
-  if (most > 1 && k % 2 == 0) {
-    *reinterpret_cast<unsigned short*>(to) = static_cast<unsigned short>(high);
-    *reinterpret_cast<unsigned short*>(to + low) = static_cast<unsigned short>(rest);
-  } else {
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-      if (i < most) {
-        to[i] = static_cast<signed char>(high >> 8 * i);
-        to[low + i] = static_cast<signed char>(rest >> 8 * i);
-      }
-  }
-  return z[0] + z[1];
-}
-"""
-"""z of two neighbouring results of which `most` exist: high bytes to column k of `out`, low ones `low` bytes on. Returns
-their sum."""
-
 LOAD_WORDS = r"""
 __device__ __forceinline__ void liftc_load_words(const void* from, void* out) {
   const uint4 v = *static_cast<const uint4*>(from);
@@ -403,7 +345,6 @@ DEVICE: dict[str, tuple[str, str]] = {
     "gate_x8": (BF16, ""),
     "inverse": (ROOTS + Z_GUARD, "float32"),
     "load_words": (LOAD_WORDS, ""),
-    "load_turned": (LOAD_TURNED, ""),
     "load_x8": (LOAD_X8, ""),
     "mixed_words": (BF16, ""),
     "mma_bf16": (MMA_BF16, ""),
@@ -411,9 +352,7 @@ DEVICE: dict[str, tuple[str, str]] = {
     "prefetch": (device.PREFETCH, ""),
     "place": (PLACE, "int32"),
     "round": (ROUND, "int32"),
-    "stage_x8": (BF16 + STAGE_X8, "float32"),
     "stage_z": (BF16 + STAGE_Z, "int32"),
-    "store_pair": (STORE_PAIR, "int32"),
     "store_rows": (STORE_ROWS, ""),
     "total": (BF16, "float32"),
     "split_x4": (BF16, "float32"),

@@ -27,7 +27,7 @@ CPU_FEATURES: dict[str, tuple[str, ...]] = {
 
 _LATER_FIELDS = (
     "shared_bytes", "archs", "block_rows", "block_results", "most_left", "most_right", "knobs", "plane_bytes",
-    "cluster_blocks", "most_lifted",
+    "cluster_blocks",
 )  # fmt: skip
 """Fields of functions that descriptors of older builds lack."""
 
@@ -45,7 +45,7 @@ class KernelFunction:
     CUDA: `shared_bytes` is the shared memory its launch asks for, `archs` the architectures it is compiled for,
     separated by commas ("": all of the object). `block_rows` and `block_results` are what one thread block takes at
     most, row blocks of a product, or of a lift 16-column tiles and tokens; a lift takes factors of at most
-    `most_left` and `most_right`, and one inside a product `most_lifted` columns of the right one.
+    `most_left` and `most_right`.
     `knobs` are the choices it was made with, "name=value" separated by blanks ("": it has none). A product reads
     planes in which `plane_bytes` bytes of a column lie together; `cluster_blocks` blocks share the rows of one.
     """
@@ -67,7 +67,6 @@ class KernelFunction:
     knobs: str = ""
     plane_bytes: int = 64
     cluster_blocks: int = 1
-    most_lifted: int = 0
 
     def accepts(self, tokens: int, out_features: int, lifted_features: int) -> bool:
         """Whether this function computes a call of these sizes."""

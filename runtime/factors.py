@@ -56,7 +56,15 @@ def factor_words(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     left f32 (t1, t1) -> int32 (ceil(t1 / 8), ceil(t1 / 16), 32, 4), right f32 (t2, C) -> int32 (ceil(C / 16),
     2 ceil(t2 / 32), 2, 32, 4); what is padded is zero.
     """
-    t2, columns = right.shape
+    t1, (t2, columns) = left.shape[0], right.shape
+    rows, depth = -(-t1 // 8), -(-t1 // 16)
+    padded = torch.nn.functional.pad(left, (0, depth * 16 - t1, 0, rows * 8 - t1))
+    parts = [
+        # row: tile, 8; column: operand, half, quarter, pair
+        part.view(rows, 8, depth, 2, 4, 2).permute(0, 2, 1, 4, 3, 5).contiguous().view(torch.int32)
+        for part in _high_and_low(padded)
+    ]
+    left_words = torch.cat([part.view(rows, depth, 32, 2) for part in parts], -1).contiguous()
     tiles, pieces = -(-columns // 16), -(-t2 // 32)
     padded = torch.nn.functional.pad(right, (0, tiles * 16 - columns, 0, pieces * 32 - t2))
     parts = [
@@ -68,36 +76,7 @@ def factor_words(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         for part in _high_and_low(padded)
     ]
     right_words = torch.stack([part.view(tiles, 2 * pieces, 32, 4) for part in parts], 2).contiguous()
-    return _second_operands(left), right_words, factor_bound(left, right)
-
-
-def small_factor_words(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Operand words of left and right as codegen/tensorcore_lifted.py describes them, and the bound float32 (1,).
-
-    left f32 (t1, t1) -> int32 (ceil(t1 / 16), ceil(t1 / 16), 2, 32, 4), right f32 (t2, C) -> int32 (ceil(C / 8),
-    ceil(t2 / 16), 32, 4); what is padded is zero.
-    """
-    rows = -(-left.shape[0] // 16)
-    padded = torch.nn.functional.pad(left, (0, rows * 16 - left.shape[0]) * 2)
-    parts = [
-        # row: tile, half, 8; column: operand, half, quarter, pair
-        part.view(rows, 2, 8, rows, 2, 4, 2).permute(0, 3, 2, 5, 4, 1, 6).contiguous().view(torch.int32)
-        for part in _high_and_low(padded)
-    ]
-    left_words = torch.stack([part.view(rows, rows, 32, 4) for part in parts], 2).contiguous()
-    return left_words, _second_operands(right.T), factor_bound(left, right)
-
-
-def _second_operands(value: Tensor) -> Tensor:
-    """f32 (rows, columns) -> int32 (ceil(rows / 8), ceil(columns / 16), 32, 4): two words of high, two of low parts."""
-    rows, depth = -(-value.shape[0] // 8), -(-value.shape[1] // 16)
-    padded = torch.nn.functional.pad(value, (0, depth * 16 - value.shape[1], 0, rows * 8 - value.shape[0]))
-    parts = [
-        # row: tile, 8; column: operand, half, quarter, pair
-        part.view(rows, 8, depth, 2, 4, 2).permute(0, 2, 1, 4, 3, 5).contiguous().view(torch.int32)
-        for part in _high_and_low(padded)
-    ]
-    return torch.cat([part.view(rows, depth, 32, 2) for part in parts], -1).contiguous()
+    return left_words, right_words, factor_bound(left, right)
 
 
 def _high_and_low(value: Tensor) -> tuple[Tensor, Tensor]:
