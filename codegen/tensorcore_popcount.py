@@ -54,6 +54,8 @@ def sign_matmul_popcount(symbol: str, knobs: PopcountKnobs) -> Any:
     SMEM = knobs.shared_bytes()
     EARLY = min(knobs.early_tiles, RING) or RING
     FIRST = min(knobs.first_tiles, EARLY) or EARLY
+    if THREADS % (8 * TOKENS):
+        raise ValueError(f"{WARPS} warps cannot share z of {TOKENS} tokens")
 
     @T.prim_func
     def function(
