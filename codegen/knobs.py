@@ -325,7 +325,7 @@ LIFT_KNOBS: dict[str, tuple[LiftKnobs, ...]] = {
             replace(_LARGE_LIFT, ahead=4, most_right=128, cluster=2),
             replace(_LARGE_LIFT, cluster=2),
             replace(_SMALL_LIFT, tokens=8),
-            replace(_LARGE_LIFT, tokens=4, cluster=2),
+            replace(_LARGE_LIFT, tokens=4, tiles=3, cluster=2, blocks_per_processor=1),
             replace(_LARGE_LIFT, tokens=8, tiles=3, units=2, blocks_per_processor=1),
             replace(_SMALL_LIFT, tokens=16, tiles=2, blocks_per_processor=2),
             replace(_LARGE_LIFT, tokens=16, tiles=3, units=2, most_right=128, blocks_per_processor=1),

@@ -299,6 +299,14 @@ __device__ __forceinline__ signed char* liftc_bytes_at(void* planes, int k, int 
   const int wide = pieces == 4 ? 64 : 16;
   return static_cast<signed char*>(planes) + (((k >> 8) * pieces + piece) * columns + column) * wide + at;
 }
+__device__ __forceinline__ void liftc_store_word(void* to, unsigned word, bool there) {
+#ifdef __CUDA_ARCH__  // without branches, so that the places of all words are computed side by side
+  asm volatile("{ .reg .pred p; setp.ne.s32 p, %2, 0; @p st.global.u32 [%0], %1; }"
+               :: "l"(to), "r"(word), "r"(static_cast<int>(there)) : "memory");
+#else
+  if (there) *static_cast<unsigned*>(to) = word;
+#endif
+}
 __device__ __forceinline__ void liftc_store_rows(const void* staged, int wide, int k0, int lifted, int most, int rows,
                                                  void* planes, int column, int columns, int pieces, int lane) {
   const unsigned* words = static_cast<const unsigned*>(staged);
@@ -309,9 +317,9 @@ __device__ __forceinline__ void liftc_store_rows(const void* staged, int wide, i
 #pragma unroll
     for (int first = 0; first < apart; first += side / 2) {
       const int word = first + lane % side / 2;
-      if (row < rows && word * 4 >= past && word * 4 + 4 <= past + most)
-        *reinterpret_cast<unsigned*>(liftc_bytes_at(planes, begin - past + word * 4, column + low, columns, pieces)) =
-            words[(row * 2 + low) * apart + word];
+      const bool whole = row < rows && word * 4 >= past && word * 4 + 4 <= past + most;
+      liftc_store_word(liftc_bytes_at(planes, begin - past + word * 4, column + low, columns, pieces),
+                       words[(row * 2 + low) * apart + (word < apart ? word : apart - 1)], whole);
     }
   }
   if (lifted % 4 || most % 4) {  // words that are shared with other rows or blocks
