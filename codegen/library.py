@@ -27,8 +27,8 @@ from liftc.codegen.knobs import (
 )
 from liftc.kernel_object import KernelFunction
 
-KERNEL_VERSION = 5
-"""Raised when any kernel changes its results, arguments or layout."""
+KERNEL_VERSION = 6
+"""Raised when any kernel changes its results, arguments or layout, or its time so much that older records mislead."""
 
 TIR_DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 
