@@ -163,7 +163,7 @@ class BinaryKnobs:
         scales = 2 * -(-self.tokens // 4) * 16 + (rows // self.split + 16) * 4
         barriers = [self.z_stages] * 3 + [self.teams * self.ring] * 2 + [self.teams]
         asked = self.teams * 64
-        barriers += [1, 1]  # sums of the cluster, sums of z
+        barriers += [1]  # for sums from the other blocks of the cluster
         return bits + ring + sums + scales + asked + sum(-(-n // 2) * 16 for n in barriers) + self.pad_bytes
 
     def describe(self) -> tuple[str, ...]:

@@ -115,7 +115,6 @@ def sign_matmul_binary(symbol: str, knobs: BinaryKnobs) -> Any:
         row_scale = pool.alloc((ROWS // SPLIT + 16,), "float32", align=16)
         asked = pool.alloc((TEAMS,), "uint64", align=16)  # the last 16 bytes of stages asked into L2 are here
         ready = pool.alloc((1,), "uint64", align=16)  # what the other blocks of the cluster add to the sums
-        summed = pool.alloc((1,), "uint64", align=16)  # z of all tokens
         last_bytes = pool.alloc((TEAMS * 16,), "uint32", align=16)
         pool.commit(SMEM)
         acc = T.alloc_local((FOURS * 32,), "uint32")
@@ -230,8 +229,7 @@ def sign_matmul_binary(symbol: str, knobs: BinaryKnobs) -> Any:
                 for j in T.unroll(8):
                     piece = piece + T.Select((i * 8 + j) * SHARE + lane // TOKENS < P, found[j], 0)
             T.ptx["red.shared.add.u32"](total.ptr_to([token_of]), T.Cast("uint32", piece))
-            T.cuda.warp_sync()
-            call.warp_signal(summed.ptr_to([0]))
+            call.group_arrive(2, WARPS * 32 + 32)
 
         @T.inline
         def change():  # of the ring's cursor for the one that asks stages into L2
@@ -334,18 +332,14 @@ def sign_matmul_binary(symbol: str, knobs: BinaryKnobs) -> Any:
         top: T.int32 = T.truncdiv(rank * (blocks * 16), SPLIT)  # rows that this block finishes
         rows: T.int32 = T.truncdiv((rank + 1) * (blocks * 16), SPLIT) - top
         if warp == COPIER:
-            if lane == 0:
-                call.barrier_init(summed.ptr_to([0]), 1)
-                if SPLIT > 1:
+            if SPLIT > 1:
+                if lane == 0:
                     call.barrier_init(ready.ptr_to([0]), 1)
             if lane < WINDOW:
                 call.barrier_init(landed.ptr_to([lane]), 1)
                 call.barrier_init(full.ptr_to([lane]), PIECES)
                 call.barrier_init(empty.ptr_to([lane]), WARPS)
             call.fence_init()
-            if SPLIT > 1:
-                if lane == 0:
-                    call.barrier_expect(ready.ptr_to([0]), (SPLIT - 1) * rows * m * 4)
         T.cuda.cta_sync()
 
         if warp < WARPS:
@@ -430,7 +424,7 @@ def sign_matmul_binary(symbol: str, knobs: BinaryKnobs) -> Any:
             for i in T.serial((rows - tx + WARPS * 32 - 1) // (WARPS * 32)):
                 if row0 * 16 + top + i * (WARPS * 32) + tx < OC:
                     row_scale[i * (WARPS * 32) + tx] = scale[row0 * 16 + top + i * (WARPS * 32) + tx]
-            call.group_sync(WARPS * 32)
+            call.group_sync(1, WARPS * 32)
             if SPLIT > 1:
                 call.cluster_arrive()
             for c in T.serial(chunks):
@@ -453,7 +447,7 @@ def sign_matmul_binary(symbol: str, knobs: BinaryKnobs) -> Any:
             settle()
             if held >= 0:
                 flush()
-            call.group_sync(WARPS * 32)
+            call.group_sync(2, WARPS * 32 + 32)  # and the sums of z, which another warp adds up
             token: T.let[T.int32] = tx // STORERS  # whose sums this thread passes on and stores
             if SPLIT > 1:
                 call.cluster_await()  # long over: its sums are zero, or hold its own products
@@ -466,7 +460,6 @@ def sign_matmul_binary(symbol: str, knobs: BinaryKnobs) -> Any:
                             of: T.int32 = token * SUMS + from_row + i * STORERS + tx % STORERS
                             call.add_to_peer(sums.ptr_to([of]), sums[of], peer, ready.ptr_to([0]))
                 call.barrier_await(ready.ptr_to([0]), 0)
-            call.barrier_await(summed.ptr_to([0]), 0)
             fours: T.int32 = rows // 4  # of rows; the threads of a token have them in turn, four at a time
             for i in T.serial((fours - tx % STORERS + 4 * STORERS - 1) // (4 * STORERS)):
                 for j in T.unroll(4):
@@ -489,6 +482,10 @@ def sign_matmul_binary(symbol: str, knobs: BinaryKnobs) -> Any:
             if knobs.helper_registers > 0:
                 T.ptx["setmaxnreg.dec.sync.aligned.u32"](knobs.helper_registers)
             if SPLIT > 1:
+                if warp == COPIER:
+                    if lane == 0:
+                        call.barrier_expect(ready.ptr_to([0]), (SPLIT - 1) * rows * m * 4)
+                    T.cuda.warp_sync()
                 call.cluster_arrive()
             if warp < COPIER:
                 fill_rings()

@@ -67,9 +67,14 @@ def add_to_peer(at: Any, value: Any, rank: Any, barrier: Any) -> Any:
     )
 
 
-def group_sync(threads: Any) -> Any:
-    """A barrier of the first `threads` threads of a block."""
-    return T.cuda.func_call("liftc_group_sync", threads, source_code=group_device.GROUP_SYNC)
+def group_sync(barrier: int, threads: Any) -> Any:
+    """A numbered barrier of so many threads of a block."""
+    return T.cuda.func_call("liftc_group_sync", barrier, threads, source_code=group_device.GROUP_SYNC)
+
+
+def group_arrive(barrier: int, threads: Any) -> Any:
+    """Count as one of the threads of a numbered barrier, and go on."""
+    return T.cuda.func_call("liftc_group_arrive", barrier, threads, source_code=group_device.GROUP_ARRIVE)
 
 
 def barrier_test(barrier: Any, parity: Any, lane: Any) -> Any:

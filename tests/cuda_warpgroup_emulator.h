@@ -138,10 +138,15 @@ inline void liftc_store_four(void* y, long long at, int count, int kind, const v
   for (int i = 0; i < std::min(count, 4); ++i)
     liftc_store_y(y, at + i, kind, static_cast<const int*>(sets)[i], total, token_scale, static_cast<const float*>(scales)[i]);
 }
-inline void liftc_group_sync(int threads) {
-  block::Meeting& meeting = group::teams[block::current / block::block_threads];
+inline block::Meeting& team_meeting(int barrier, int threads) {
+  block::Meeting& meeting = group::teams[block::current / block::block_threads * 16 + barrier];
   meeting.size = threads;
-  block::meet(meeting);
+  return meeting;
+}
+inline void liftc_group_sync(int barrier, int threads) { block::meet(team_meeting(barrier, threads)); }
+inline void liftc_group_arrive(int barrier, int threads) {
+  block::Meeting& meeting = team_meeting(barrier, threads);
+  if (++meeting.arrived == threads) meeting.arrived = 0, ++meeting.round;
 }
 inline int liftc_barrier_test(void* at, int parity, int lane) {
   block::Meeting& warp = block::warps[block::current / 32];
