@@ -178,9 +178,10 @@ class LiftKnobs:
     tokens: the most of a call. group: tokens of a block. tiles: 16-column tiles of T* x of a block. units: blocks of 8
     rows of X, and then of T* x, of a warp at a time; ahead: 32-column pieces of X whose loads are in flight together.
     left_kept: 16-column operands of left that are in shared memory before x is there, left_depth: others in flight.
-    cluster: blocks, each with its rows of X and T* x, that share the product with right (sm_90 on). most_left,
-    most_right: largest factors. blocks_per_processor: for which registers are saved. trigger: when the next kernel may
-    start: 0 at once, 1 when x is read, 2 when T* x is computed.
+    cluster: blocks, each with its rows of X and T* x, that share the product with right (sm_90 on). next_tiles: ask the
+    first signs of the product that follows into L2: for lifts beside which it has no room to fetch them itself.
+    most_left, most_right: largest factors. blocks_per_processor: for which registers are saved. trigger: when the next
+    kernel may start: 0 at once, 1 when x is read, 2 when T* x is computed.
     """
 
     tokens: int = 1
@@ -197,6 +198,7 @@ class LiftKnobs:
     dependent_launch: bool = False
     left_kept: int = 0
     cluster: int = 1
+    next_tiles: bool = False
 
     def takes_any(self) -> bool:
         """Whether these are knobs for factors of every usual size."""
@@ -325,11 +327,11 @@ LIFT_KNOBS: dict[str, tuple[LiftKnobs, ...]] = {
             replace(_LARGE_LIFT, ahead=4, most_right=128, cluster=2),
             replace(_LARGE_LIFT, cluster=2),
             replace(_SMALL_LIFT, tokens=8),
-            replace(_LARGE_LIFT, tokens=4, tiles=3, cluster=2, blocks_per_processor=1),
-            replace(_LARGE_LIFT, tokens=8, tiles=3, units=2, blocks_per_processor=1),
+            replace(_LARGE_LIFT, tokens=4, tiles=3, cluster=2, blocks_per_processor=1, next_tiles=True),
+            replace(_LARGE_LIFT, tokens=8, tiles=3, units=2, blocks_per_processor=1, next_tiles=True),
             replace(_SMALL_LIFT, tokens=16, tiles=2, blocks_per_processor=2),
             replace(_LARGE_LIFT, tokens=16, tiles=3, units=2, most_right=128, blocks_per_processor=1),
-            replace(_LARGE_LIFT, tokens=16, tiles=5, units=2, blocks_per_processor=1),
+            replace(_LARGE_LIFT, tokens=16, tiles=5, units=2, blocks_per_processor=1, next_tiles=True),
             *_ANY_LIFT,
         )
     )

@@ -183,6 +183,9 @@ def sign_matmul_popcount(symbol: str, knobs: PopcountKnobs) -> Any:
         for i in T.serial((TOKENS * SUMS - tx + THREADS - 1) // THREADS, annotations=ROLLED):
             sums[i * THREADS + tx] = 0
 
+        task: T.int32 = tx
+        z_from: T.uint64 = T.uint64(0)
+
         @T.inline
         def convert(length):  # z of these blocks of columns, as bits
             task = tx
@@ -208,8 +211,6 @@ def sign_matmul_popcount(symbol: str, knobs: PopcountKnobs) -> Any:
                 source_code=popcount_device.ADDRESS, return_type="uint64",
             )  # fmt: skip
 
-        task: T.int32 = tx
-        z_from: T.uint64 = T.uint64(0)
         address_of(0)
         if knobs.dependent_launch:
             T.cuda.func_call("liftc_dependent_wait", source_code=device.DEPENDENT_WAIT)

@@ -30,28 +30,30 @@ class FusedLifts:
 
     def norm(
         self, x: Tensor, gain: Tensor, eps: float, dtype: torch.dtype, activation_scale: Tensor | None,
-        left: Tensor, right: Tensor,
+        left: Tensor, right: Tensor, next_tiles: Tensor | None = None,
     ) -> tuple[Planes | Tensor, Tensor]:  # fmt: skip
         """Operands of gain * cast(x * rsqrt(mean x^2 + eps)), the norm in float32 and cast to `dtype`."""
         if x.dtype == dtype == gain.dtype and x.dtype != torch.float32:
             source = Source("lift_planes_norm", gain, eps)
-            done = self._ops.tiles.planes.lift(x, activation_scale, left, right, source)
+            done = self._ops.tiles.planes.lift(x, activation_scale, left, right, source, next_tiles)
             if done is not None:
                 return done
         wide = x.float()
         root = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-        return self._ops.lift_operands(gain * (wide * root).to(dtype), activation_scale, left, right)
+        normed = gain * (wide * root).to(dtype)
+        return self._ops.lift_operands(normed, activation_scale, left, right, next_tiles)
 
     def gate(
-        self, gate_and_up: Tensor, activation_scale: Tensor | None, left: Tensor, right: Tensor
-    ) -> tuple[Planes | Tensor, Tensor]:
+        self, gate_and_up: Tensor, activation_scale: Tensor | None, left: Tensor, right: Tensor,
+        next_tiles: Tensor | None = None,
+    ) -> tuple[Planes | Tensor, Tensor]:  # fmt: skip
         """Operands of silu(gate) * up, the halves of the last axis."""
-        done = self._ops.tiles.planes.lift(gate_and_up, activation_scale, left, right, GATED)
+        done = self._ops.tiles.planes.lift(gate_and_up, activation_scale, left, right, GATED, next_tiles)
         if done is not None:
             return done
         gate, up = gate_and_up.chunk(2, -1)
         x = torch.nn.functional.silu(gate) * up
-        return self._ops.lift_operands(x, activation_scale, left, right)
+        return self._ops.lift_operands(x, activation_scale, left, right, next_tiles)
 
 
 def fuse(graph: Graph, ops: Ops) -> int:
