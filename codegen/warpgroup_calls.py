@@ -69,12 +69,17 @@ def add_to_peer(at: Any, value: Any, rank: Any, barrier: Any) -> Any:
 
 def group_sync(barrier: int, threads: Any) -> Any:
     """A numbered barrier of so many threads of a block."""
-    return T.cuda.func_call("liftc_group_sync", barrier, threads, source_code=group_device.GROUP_SYNC)
+    return T.cuda.func_call(f"liftc_group_sync_{barrier}", threads, source_code=_group_barrier(barrier))
 
 
 def group_arrive(barrier: int, threads: Any) -> Any:
     """Count as one of the threads of a numbered barrier, and go on."""
-    return T.cuda.func_call("liftc_group_arrive", barrier, threads, source_code=group_device.GROUP_ARRIVE)
+    return T.cuda.func_call(f"liftc_group_arrive_{barrier}", threads, source_code=_group_barrier(barrier))
+
+
+def _group_barrier(number: int) -> str:
+    name, source = f"LIFTC_GROUP_{number}", group_device.GROUP_BARRIER.replace("NUMBER", str(number))
+    return f"\n#ifndef {name}\n#define {name}\n{source}#endif\n"
 
 
 def barrier_test(barrier: Any, parity: Any, lane: Any) -> Any:

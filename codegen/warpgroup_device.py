@@ -60,19 +60,15 @@ __device__ __forceinline__ int liftc_barrier_test(void* barrier, int parity, int
 """
 """Whether the phase of this parity is over, for a whole warp."""
 
-GROUP_SYNC = r"""
-__device__ __forceinline__ void liftc_group_sync(int barrier, int threads) {
-  asm volatile("bar.sync %0, %1;" :: "r"(barrier), "r"(threads) : "memory");
+GROUP_BARRIER = r"""
+__device__ __forceinline__ void liftc_group_sync_NUMBER(int threads) {
+  asm volatile("bar.sync NUMBER, %0;" :: "r"(threads) : "memory");
+}
+__device__ __forceinline__ void liftc_group_arrive_NUMBER(int threads) {
+  asm volatile("bar.arrive NUMBER, %0;" :: "r"(threads) : "memory");
 }
 """
-"""Barrier 1 to 15 of so many threads of a block, whole warps."""
-
-GROUP_ARRIVE = r"""
-__device__ __forceinline__ void liftc_group_arrive(int barrier, int threads) {
-  asm volatile("bar.arrive %0, %1;" :: "r"(barrier), "r"(threads) : "memory");
-}
-"""
-"""Count as one of the threads of a barrier without waiting for the others."""
+"""Barrier NUMBER, 1 to 15, of so many threads of a block, whole warps; to arrive is to count without waiting."""
 
 ADD_TO_PEER = r"""
 __device__ __forceinline__ void liftc_add_to_peer(void* at, int value, int rank, void* barrier) {

@@ -143,9 +143,10 @@ inline block::Meeting& team_meeting(int barrier, int threads) {
   meeting.size = threads;
   return meeting;
 }
-inline void liftc_group_sync(int barrier, int threads) { block::meet(team_meeting(barrier, threads)); }
-inline void liftc_group_arrive(int barrier, int threads) {
-  block::Meeting& meeting = team_meeting(barrier, threads);
+inline void liftc_group_sync_1(int threads) { block::meet(team_meeting(1, threads)); }
+inline void liftc_group_sync_2(int threads) { block::meet(team_meeting(2, threads)); }
+inline void liftc_group_arrive_2(int threads) {
+  block::Meeting& meeting = team_meeting(2, threads);
   if (++meeting.arrived == threads) meeting.arrived = 0, ++meeting.round;
 }
 inline int liftc_barrier_test(void* at, int parity, int lane) {
