@@ -134,9 +134,9 @@ def sign_matmul_binary(symbol: str, knobs: BinaryKnobs) -> Any:
         width: T.int32 = T.truncdiv((rank + 1) * KB, SPLIT) - first
         stages: T.int32 = (width + DEPTH - 1) // DEPTH  # of DEPTH blocks of columns, the last one shorter
         chunks: T.int32 = (stages + WINDOW - 1) // WINDOW
-        chunk: T.int32 = (stages + T.max(chunks - 1, 0)) // T.max(
-            chunks, 1
-        )  # stages that all rows take in turn
+        chunk: T.int32 = stages  # stages that all rows take in turn
+        if chunks > 1:
+            chunk = (stages + chunks - 1) // chunks
         # A team's cursor: of every chunk, by row blocks of four and then by columns, it takes one run of stages.
         team: T.int32 = T.if_then_else(warp < WARPS, warp // (4 * LANES), warp - WARPS)
         begun: T.int32 = 0  # stages of the chunks begun
@@ -161,7 +161,7 @@ def sign_matmul_binary(symbol: str, knobs: BinaryKnobs) -> Any:
             begun = begun + length
             step = team * (quads * length) // TEAMS
             stop = (team + 1) * (quads * length) // TEAMS
-            quad = T.truncdiv(step, T.max(length, 1))
+            quad = team * quads // TEAMS  # as step // length, without a division by a variable
             col = step - quad * length
 
         @T.inline

@@ -99,8 +99,10 @@ def sign_matmul_popcount(symbol: str, knobs: PopcountKnobs) -> Any:
         row0: T.int32 = T.truncdiv(bx * NB, grid)
         blocks: T.int32 = T.truncdiv((bx + 1) * NB, grid) - row0
         count: T.int32 = (KB + CHUNK - 1) // CHUNK
-        chunk: T.int32 = T.truncdiv(KB + count - 1, count)  # equal chunks of at most CHUNK
-        count = T.truncdiv(KB + chunk - 1, chunk)
+        chunk: T.int32 = KB
+        if count > 1:  # equal chunks of at most CHUNK
+            chunk = T.truncdiv(KB + count - 1, count)
+            count = T.truncdiv(KB + chunk - 1, chunk)
         base: T.let[T.int32] = row0 * KB * TILE_WORDS + lane * 4
 
         # Shared-memory addresses live in registers; a generic pointer would be converted at every use.
@@ -118,7 +120,7 @@ def sign_matmul_popcount(symbol: str, knobs: PopcountKnobs) -> Any:
         @T.inline
         def share(length):
             rest = warp * (blocks * length) // WARPS
-            row = T.truncdiv(rest, length)
+            row = warp * blocks // WARPS  # as rest // length, without a division by a variable
             col = rest - row * length
             rest = (warp + 1) * (blocks * length) // WARPS - rest
             run = T.min(length - col, rest)
@@ -145,7 +147,7 @@ def sign_matmul_popcount(symbol: str, knobs: PopcountKnobs) -> Any:
                 p_len = T.min(chunk, KB - p_start)
                 p_first: T.int32 = warp * (blocks * p_len) // WARPS
                 p_left = (warp + 1) * (blocks * p_len) // WARPS - p_first
-                p_row: T.int32 = T.truncdiv(p_first, p_len)
+                p_row: T.int32 = warp * blocks // WARPS
                 p_first = p_first - p_row * p_len
                 p_off = base + (p_row * KB + p_start + p_first) * TILE_WORDS
                 p_run = T.min(p_len - p_first, p_left)
