@@ -14,6 +14,9 @@ from liftc import env
 from liftc.errors import ArtifactError, LiftcError, TargetError
 from liftc.kernel_object import TARGETS, KernelFunction, KernelObject, machine_flags, read_kernel_object
 
+OLDEST_CUDA_KERNELS = 6
+"""Version of the kernels from which on they take the arguments that the runtime passes on a GPU."""
+
 
 @dataclass(frozen=True)
 class Kernels:
@@ -122,6 +125,11 @@ def _check_cpu(kernel_object: KernelObject) -> None:
 
 
 def _check_cuda(kernel_object: KernelObject, device: torch.device) -> None:
+    if kernel_object.kernel_version < OLDEST_CUDA_KERNELS:
+        raise ArtifactError(
+            f"kernels {kernel_object.path.name} are of version {kernel_object.kernel_version}, this liftc calls "
+            f"version {OLDEST_CUDA_KERNELS} and newer on a GPU: compile again"
+        )
     if not torch.cuda.is_available():
         raise TargetError(
             f"kernels {kernel_object.path.name} need a CUDA GPU, and torch finds none on this machine: "

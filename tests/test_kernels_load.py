@@ -16,12 +16,13 @@ import torch
 
 from liftc.errors import ArtifactError, TargetError
 from liftc.kernel_object import KernelFunction, read_kernel_object
-from liftc.runtime.kernels import launchable, load_kernels, runs_on
+from liftc.runtime.kernels import OLDEST_CUDA_KERNELS, launchable, load_kernels, runs_on
 
 pytest.importorskip("tvm", reason="kernels are built with TVM")
 from built_kernels import cpu_object
 
 from liftc.codegen.build import native_cpu_level
+from liftc.codegen.library import KERNEL_VERSION
 
 CPU = torch.device("cpu")
 
@@ -106,6 +107,16 @@ def test_missing_cpu_features_are_named_before_the_code_is_opened(native: Path, 
     path = edited(native, tmp_path, features=["sse4_2", "avx1024"])
     with pytest.raises(TargetError, match="need the CPU features avx1024, which this machine lacks"):
         load_kernels(path, CPU)
+
+
+def test_cuda_kernels_with_other_arguments_are_refused(native: Path, tmp_path: Path) -> None:
+    assert OLDEST_CUDA_KERNELS <= KERNEL_VERSION
+    changes = {"target": "cuda", "archs": ["sm_89"], "ptx": "", "features": []}
+    path = edited(native, tmp_path, kernel_version=OLDEST_CUDA_KERNELS - 1, **changes)
+    with pytest.raises(
+        ArtifactError, match=r"are of version 5, this liftc calls version 6 and .*: compile again"
+    ):
+        load_kernels(path, torch.device("cuda"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
