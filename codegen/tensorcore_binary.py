@@ -9,7 +9,8 @@ weights 1, 2, .. 64, -128 and 256 times these. No sign is decoded, and four warp
 columns, with four tokens in one instruction. All int32 arithmetic is modulo 2^32 and the true value fits.
 
 Blocks. `split` blocks of a cluster share consecutive row blocks of 16 rows; each takes its part of the columns, so
-that every processor reads only its part of z, and in the end adds the sums of the others for its part of the rows.
+that every processor reads only its part of z, and in the end adds its sums of the rows that another block finishes to
+that block's.
 
 Warps. The copy engine brings everything into shared memory. `lanes` warp groups side by side take the same tiles, each
 for its part of the tokens; a team of them takes tiles of four row blocks one below the other from a ring of its own,
