@@ -15,7 +15,8 @@ from typing import Any
 
 from liftc.bundle import Work
 from liftc.codegen import library
-from liftc.codegen.knobs import CPU_KNOBS, CpuKnobs, chip_family
+from liftc.codegen.default_knobs import CPU_KNOBS, chip_family
+from liftc.codegen.knobs import CpuKnobs
 from liftc.format import LiftFormat
 from liftc.kernel_records import Record, chain_shapes
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from liftc.codegen import library, toolchain
 from liftc.codegen.build_cuda import build_cuda
 from liftc.codegen.build_files import EXPORTS, LINK_FLAGS, build_folder, finish, import_tvm
-from liftc.codegen.knobs import CPU_KNOBS, CpuKnobs, CudaKnobs
+from liftc.codegen.default_knobs import CPU_KNOBS
+from liftc.codegen.knobs import CpuKnobs, CudaKnobs
 from liftc.errors import BuildError
 from liftc.kernel_object import CPU_FEATURES, TARGETS, KernelObject, cpu_features, file_sha256, machine_flags
 
@@ -34,7 +35,7 @@ def build(
 
     target "llvm": one CPU level, the only entry of `archs` or else `cpu`: "native" for the highest psABI
     level of this machine, or "x86-64-v2" to "x86-64-v4". target "cuda": `archs` such as "sm_89", "sm_90a";
-    PTX of the highest one is added for newer chips. knobs, chosen: instead of those of codegen/knobs.py. Files
+    PTX of the highest one is added for newer chips. knobs, chosen: instead of codegen/default_knobs.py's. Files
     appear under their names only when complete; the same input gives the same bytes. Raises BuildError.
     """
     if target not in TARGETS:

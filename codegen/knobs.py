@@ -1,8 +1,8 @@
-"""Schedule choices of the generated kernels. They change speed, never results."""
+"""Schedule choices of the generated kernels. They change speed, never results; which are used: default_knobs.py."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 
 @dataclass(frozen=True)
@@ -178,8 +178,7 @@ class LiftKnobs:
     tokens: the most of a call. group: tokens of a block. tiles: 16-column tiles of T* x of a block. units: blocks of 8
     rows of X, and then of T* x, of a warp at a time; ahead: 32-column pieces of X whose loads are in flight together.
     left_kept: 16-column operands of left that are in shared memory before x is there, left_depth: others in flight.
-    cluster: blocks, each with its rows of X and T* x, that share the product with right (sm_90 on). next_tiles: ask the
-    first signs of the product that follows into L2: for lifts beside which it has no room to fetch them itself.
+    cluster: blocks, each with its rows of X and T* x, that share the product with right (sm_90 on).
     most_left, most_right: largest factors. blocks_per_processor: for which registers are saved. trigger: when the next
     kernel may start: 0 at once, 1 when x is read, 2 when T* x is computed.
     """
@@ -198,7 +197,6 @@ class LiftKnobs:
     dependent_launch: bool = False
     left_kept: int = 0
     cluster: int = 1
-    next_tiles: bool = False
 
     def takes_any(self) -> bool:
         """Whether these are knobs for factors of every usual size."""
@@ -226,125 +224,44 @@ class LiftKnobs:
         return tuple(f"{name}={value}" for name, value in asdict(self).items())
 
 
-CPU_KNOBS: dict[str, CpuKnobs] = {
-    "x86-64-v2": CpuKnobs(pair_lanes=4, lift_rows=4, lift_lanes=8),
-    "x86-64-v3": CpuKnobs(pair_lanes=8),
-    "x86-64-v4": CpuKnobs(),
-}
-"""Measured choices per CPU level (docs/kernels.md)."""
+@dataclass(frozen=True)
+class GroupLiftKnobs:
+    """Choices of the warp-group lift (codegen/warpgroup_lift.py).
 
-SHARED_BYTES = {
-    "ampere": 163 << 10, "ada": 99 << 10, "server": 227 << 10, "hopper": 227 << 10, "blackwell": 99 << 10,
-}  # fmt: skip
-"""Most shared memory of a block, by family of chips: "hopper" is sm_90a with its warp-group instructions, "server" the
-other chips from sm_90 on that have as much shared memory, "blackwell" sm_120."""
+    tokens: the most of a call. tiles: of 16 columns of T* x that a block computes. most_left, most_right: largest
+    factors. copied: x comes to shared memory by the copy engine instead of to registers. registers: the most of a
+    thread (0: as many as there are). trigger: when the next kernel may start: 0 at once, 1 when x is read, 2 when T* x
+    is computed.
+    """
 
-TENSOR_CORE_KNOBS: dict[str, tuple[TensorCoreKnobs, ...]] = {
-    "ampere": (
-        TensorCoreKnobs(4, ring=8, chunk_blocks=20),
-        TensorCoreKnobs(8, ring=8, chunk_blocks=9, sets=4),
-        TensorCoreKnobs(16, warps=8, ring=6, chunk_blocks=6, sets=4),
-    ),
-    "ada": (
-        TensorCoreKnobs(4, ring=5, chunk_blocks=12),
-        TensorCoreKnobs(8, ring=4, chunk_blocks=6, sets=4),
-        TensorCoreKnobs(16, warps=8, ring=4, chunk_blocks=3, block_rows=24, sets=4),
-    ),
-    "hopper": (),
-    "server": (
-        TensorCoreKnobs(1, ring=6, chunk_blocks=136, dependent_launch=True),
-        TensorCoreKnobs(4, ring=6, chunk_blocks=40, dependent_launch=True),
-        TensorCoreKnobs(8, ring=6, chunk_blocks=16, sets=4, dependent_launch=True),
-        TensorCoreKnobs(16, 8, ring=5, row_blocks=2, sets=1, chunk_blocks=8, dependent_launch=True),
-    ),
-    "blackwell": (
-        TensorCoreKnobs(1, ring=6, chunk_blocks=40, block_rows=40, dependent_launch=True),
-        TensorCoreKnobs(4, ring=5, chunk_blocks=12, dependent_launch=True),
-        TensorCoreKnobs(8, ring=4, chunk_blocks=6, sets=4, dependent_launch=True),
-        TensorCoreKnobs(16, warps=8, ring=4, chunk_blocks=3, block_rows=24, sets=4, dependent_launch=True),
-    ),
-}
-"""Choices per family, fewest tokens first: server measured on an H100, the others chosen to fit. Hopper has binary
-forms for all of them."""
+    tokens: int = 4
+    tiles: int = 2
+    most_left: int = 128
+    most_right: int = 128
+    copied: bool = True
+    registers: int = 0
+    trigger: int = 0
+    dependent_launch: bool = True
 
-POPCOUNT_KNOBS: dict[str, tuple[PopcountKnobs, ...]] = {
-    "ampere": (PopcountKnobs(1, ring=8),),
-    "ada": (PopcountKnobs(1, ring=4, chunk_blocks=80),),
-    "hopper": (
-        PopcountKnobs(1, ring=9, chunk_blocks=112, early_tiles=6, first_tiles=2, dependent_launch=True),
-    ),
-}
-"""One token, on chips whose tensor cores count bits: those of sm_100, which share a family with sm_90, and of sm_120 do
-not. Hopper measured on an H100, so that a block of the lift fits beside one of the product; others chosen to fit."""
+    def columns(self) -> int:
+        """Columns of T* x that a block stores: whole words from where they begin in any row."""
+        return self.tiles * 16 - 4
 
-BINARY_KNOBS: dict[str, tuple[BinaryKnobs, ...]] = {
-    "hopper": (
-        BinaryKnobs(
-            4, stage_blocks=8, ring=3, z_stages=5, prefetch=3, multiply_registers=120, helper_registers=56
-        ),
-        BinaryKnobs(
-            8, stage_blocks=5, ring=3, z_stages=5, prefetch=3, multiply_registers=128, helper_registers=48
-        ),
-        BinaryKnobs(
-            16,
-            stage_blocks=3,
-            ring=3,
-            cutters=9,
-            z_stages=5,
-            first_stages=2,
-            multiply_registers=168,
-            helper_registers=48,
-        ),
-    ),
-}
-"""More tokens than POPCOUNT_KNOBS has, measured on an H100: with 4 and 8 a block of the lift fits beside one of the
-product."""
+    def pieces(self) -> int:
+        """Pieces of 32 features of a row of X."""
+        return -(-self.most_right // 32)
 
-_ANY_LIFT = (
-    LiftKnobs(8, blocks_per_processor=2),
-    LiftKnobs(16, tiles=2, units=2, left_depth=2, most_right=512, blocks_per_processor=1),
-)
-_SMALL_LIFT = LiftKnobs(1, most_left=64, most_right=128, left_kept=4, left_depth=1, blocks_per_processor=3)
-_LARGE_LIFT = LiftKnobs(
-    1, ahead=7, most_left=128, most_right=224, left_kept=8, left_depth=1, blocks_per_processor=3
-)
+    def threads(self) -> int:
+        """Of a block: a warp group for every 64 rows."""
+        return 128 * -(-self.most_left // 64)
 
-LIFT_KNOBS: dict[str, tuple[LiftKnobs, ...]] = {
-    family: tuple(
-        replace(
-            choice,
-            dependent_launch=family in ("server", "blackwell"),
-            blocks_per_processor=1 if family in ("server", "blackwell") else choice.blocks_per_processor,
-        )
-        for choice in _ANY_LIFT
-    )
-    for family in ("ampere", "ada", "server", "blackwell")
-} | {
-    "hopper": tuple(
-        replace(choice, dependent_launch=True)
-        for choice in (
-            _SMALL_LIFT,
-            replace(_LARGE_LIFT, ahead=4, most_right=128, cluster=2),
-            replace(_LARGE_LIFT, cluster=2),
-            replace(_SMALL_LIFT, tokens=8),
-            replace(_LARGE_LIFT, tokens=4, tiles=3, cluster=2, blocks_per_processor=1, next_tiles=True),
-            replace(_LARGE_LIFT, tokens=8, tiles=3, units=2, blocks_per_processor=1, next_tiles=True),
-            replace(_SMALL_LIFT, tokens=16, tiles=2, blocks_per_processor=2),
-            replace(_LARGE_LIFT, tokens=16, tiles=3, units=2, most_right=128, blocks_per_processor=1),
-            replace(_LARGE_LIFT, tokens=16, tiles=5, units=2, blocks_per_processor=1, next_tiles=True),
-            *_ANY_LIFT,
-        )
-    )
-}
-"""Choices of the lift per family; the first that takes a call gets it. Hopper measured on an H100; the first three
-leave room for a block of the product for one token beside theirs. Server and blackwell would spill with two blocks."""
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a block."""
+        right = self.tiles * self.pieces() * 2048
+        mixed = self.threads() * self.tiles * 32
+        copies = self.threads() * self.most_right if self.copied else 0
+        return right + mixed + copies + 3 * -(-self.threads() // 128) * 16 + 16
 
-
-def chip_family(arch: str) -> str:
-    """Which knobs an architecture ("sm_90a") gets: by its instructions and shared memory."""
-    if arch == "sm_90a":
-        return "hopper"
-    number = int(arch.removeprefix("sm_").rstrip("a"))
-    if number < 90:
-        return "ampere" if number in (80, 87) else "ada"
-    return "server" if number < 120 else "blackwell"
+    def describe(self) -> tuple[str, ...]:
+        """One text "name=value" per knob."""
+        return tuple(f"{name}={value}" for name, value in asdict(self).items())

@@ -12,22 +12,26 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from liftc.codegen.knobs import (
+from liftc.codegen.default_knobs import (
     BINARY_KNOBS,
+    GROUP_LIFT_KNOBS,
     LIFT_KNOBS,
     POPCOUNT_KNOBS,
     TENSOR_CORE_KNOBS,
+    chip_family,
+)
+from liftc.codegen.knobs import (
     BinaryKnobs,
     CpuKnobs,
     CudaKnobs,
+    GroupLiftKnobs,
     LiftKnobs,
     PopcountKnobs,
     TensorCoreKnobs,
-    chip_family,
 )
 from liftc.kernel_object import KernelFunction
 
-KERNEL_VERSION = 6
+KERNEL_VERSION = 7
 """Raised when any kernel changes its results, arguments or layout, or its time so much that older records mislead."""
 
 TIR_DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
@@ -239,10 +243,29 @@ def lift_templates(
                 yield KernelTemplate(function, make)
 
 
+def group_lift_templates(
+    name: str, archs: tuple[str, ...], choices: tuple[GroupLiftKnobs, ...]
+) -> Iterator[KernelTemplate]:
+    """The warp-group lift of sm_90a, fewest tokens first; imports TVM."""
+    from liftc.codegen import warpgroup_lift
+
+    for knobs in choices:
+        for short in sorted(TIR_DTYPES.keys() - {"f32"}):  # as for other knobs for some factors
+            symbol = f"lift_planes_grouped_{name}_{short}_{knobs.tokens}_{knobs.most_left}x{knobs.most_right}"
+            function = KernelFunction(
+                symbol, "lift_planes_grouped", short, max_tokens=knobs.tokens, shared_bytes=knobs.shared_bytes(),
+                archs=",".join(archs), block_rows=knobs.tiles, block_results=1, most_left=knobs.most_left,
+                most_right=knobs.most_right, knobs=" ".join(knobs.describe()), block_columns=knobs.columns(),
+            )  # fmt: skip
+            make = partial(warpgroup_lift.lift_planes_grouped, symbol, TIR_DTYPES[short], knobs)
+            yield KernelTemplate(function, make)
+
+
 TUNED_TEMPLATES: tuple[TunedTemplate, ...] = (
     TunedTemplate("sign_matmul_popcount", PopcountKnobs, lambda: POPCOUNT_KNOBS, popcount_templates),
     TunedTemplate("sign_matmul_binary", BinaryKnobs, lambda: BINARY_KNOBS, binary_templates),
     TunedTemplate("sign_matmul_tiled", TensorCoreKnobs, lambda: TENSOR_CORE_KNOBS, tensor_core_templates),
+    TunedTemplate("lift_planes_grouped", GroupLiftKnobs, lambda: GROUP_LIFT_KNOBS, group_lift_templates),
     TunedTemplate("lift_planes", LiftKnobs, lambda: LIFT_KNOBS, lift_templates),
 )
 """Every template whose knobs depend on the family of chips, in the order the runtime prefers them."""

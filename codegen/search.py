@@ -12,7 +12,8 @@ from typing import Any
 
 from liftc.codegen import library
 from liftc.codegen.best_knobs import batches_of
-from liftc.codegen.knobs import CPU_KNOBS, SHARED_BYTES, CpuKnobs, chip_family
+from liftc.codegen.default_knobs import CPU_KNOBS, SHARED_BYTES, chip_family
+from liftc.codegen.knobs import CpuKnobs
 
 AXES: dict[str, dict[str, tuple[Any, ...]]] = {
     "sign_matmul_tiled": {
@@ -44,6 +45,12 @@ AXES: dict[str, dict[str, tuple[Any, ...]]] = {
         "lanes": (1, 2, 4),
         "split": (1, 2),
         "block_rows": (28, 56),
+    },
+    "lift_planes_grouped": {
+        "tiles": (1, 2, 3, 4, 5),
+        "trigger": (0, 1, 2),
+        "copied": (False, True),
+        "registers": (0, 128, 160),
     },
     "lift_planes": {
         "trigger": (0, 1, 2),

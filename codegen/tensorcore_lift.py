@@ -35,11 +35,9 @@ def lift_planes(symbol: str, dtype: str, knobs: LiftKnobs, form: str = "plain") 
     """PrimFunc x -> planes, totals, z_scale; z is within one step of liftc/reference.py.
 
     x `dtype` (m, IC) 16-byte aligned, gain `dtype` (G,), in_scale f32 (IC,) or (1,) for none, bound f32 (1,), left and
-    right as above, next_tiles int32 (NB, NK, 32, 4) of the product that follows, or any -> planes int8 (KB, 4, COLS,
-    64) or (KB, 16, COLS, 16), totals int32 (P, m) what each block adds to the sums of z, z_scale f32 (m, 1). Then f32
-    eps, and the integers grid = ceil(m / knobs.group) P, row_blocks, t1, t2, C, next_parts >= 1 and next_blocks: with
-    knobs.next_tiles so many tiles from the begin of each of so many parts of a row of tiles, in all NB rows, are asked
-    into L2. P = row_blocks ceil(ceil(C / 16) / knobs.tiles). Limits: t1 <= most_left, t2 <= most_right, m <= tokens, t2
+    right as above -> planes int8 (KB, 4, COLS, 64) or (KB, 16, COLS, 16), totals int32 (P, m) what each block adds to
+    the sums of z, z_scale f32 (m, 1). Then f32 eps, and the integers grid = ceil(m / knobs.group) P, row_blocks, t1, t2
+    and C. P = row_blocks ceil(ceil(C / 16) / knobs.tiles). Limits: t1 <= most_left, t2 <= most_right, m <= tokens, t2
     and IC multiples of 8.
 
     What is lifted, each step rounded to `dtype` as separate operations would: x itself where form is "plain"; gain *
@@ -80,9 +78,8 @@ def lift_planes(symbol: str, dtype: str, knobs: LiftKnobs, form: str = "plain") 
     @T.prim_func
     def function(
         x_arg: T.handle, gain_arg: T.handle, in_scale_arg: T.handle, bound_arg: T.handle, left_arg: T.handle,
-        right_arg: T.handle, next_arg: T.handle, planes_arg: T.handle, totals_arg: T.handle, z_scale_arg: T.handle,
-        eps: T.float32, grid: T.int32, row_blocks: T.int32, t1: T.int32, t2: T.int32, C: T.int32, next_parts: T.int32,
-        next_blocks: T.int32,
+        right_arg: T.handle, planes_arg: T.handle, totals_arg: T.handle, z_scale_arg: T.handle, eps: T.float32,
+        grid: T.int32, row_blocks: T.int32, t1: T.int32, t2: T.int32, C: T.int32,
     ) -> None:  # fmt: skip
         T.func_attr({"tirx.noalias": True, "global_symbol": symbol})
         m = T.int32()
@@ -93,8 +90,6 @@ def lift_planes(symbol: str, dtype: str, knobs: LiftKnobs, form: str = "plain") 
         KA = T.int32()
         CT = T.int32()
         KJ = T.int32()
-        NB = T.int32()
-        NK = T.int32()
         KB = T.int32()
         COLS = T.int32()
         PIECES = T.int32()
@@ -106,7 +101,6 @@ def lift_planes(symbol: str, dtype: str, knobs: LiftKnobs, form: str = "plain") 
         bound = T.match_buffer(bound_arg, (1,), "float32", align=4)
         left = T.match_buffer(left_arg, (NT, KA, 32, 4), "int32", align=16)
         right = T.match_buffer(right_arg, (CT, KJ, 2, 32, 4), "int32", align=16)
-        next_tiles = T.match_buffer(next_arg, (NB, NK, 32, 4), "int32", align=16)
         planes = T.match_buffer(planes_arg, (KB, PIECES, COLS, WIDE), "int8", align=16)
         totals = T.match_buffer(totals_arg, (P, m), "int32", align=4)
         z_scale = T.match_buffer(z_scale_arg, (m, 1), "float32", align=4)
@@ -362,16 +356,6 @@ def lift_planes(symbol: str, dtype: str, knobs: LiftKnobs, form: str = "plain") 
 
         if START == 1:
             call("dependent_start")
-        if knobs.next_tiles:  # x is here, so that no load of the lift waits behind these
-            for i in T.serial((NB * next_parts - bx * WARPS - warp + grid * WARPS - 1) // (grid * WARPS)):
-                segment: T.let[T.int32] = (i * grid + bx) * WARPS + warp
-                begin: T.let[T.int32] = T.truncdiv(T.truncmod(segment, next_parts) * NK, next_parts)
-                call(
-                    "prefetch",
-                    next_tiles.ptr_to([T.truncdiv(segment, next_parts), begin, 0, 0]),
-                    next_blocks * 512,
-                    lane,
-                )
         for t in T.unroll(GROUP):
             call(
                 "warp_sum",

@@ -27,7 +27,7 @@ CPU_FEATURES: dict[str, tuple[str, ...]] = {
 
 _LATER_FIELDS = (
     "shared_bytes", "archs", "block_rows", "block_results", "most_left", "most_right", "knobs", "plane_bytes",
-    "cluster_blocks",
+    "cluster_blocks", "block_columns",
 )  # fmt: skip
 """Fields of functions that descriptors of older builds lack."""
 
@@ -47,7 +47,8 @@ class KernelFunction:
     most, row blocks of a product, or of a lift 16-column tiles and tokens; a lift takes factors of at most
     `most_left` and `most_right`.
     `knobs` are the choices it was made with, "name=value" separated by blanks ("": it has none). A product reads
-    planes in which `plane_bytes` bytes of a column lie together; `cluster_blocks` blocks share the rows of one.
+    planes in which `plane_bytes` bytes of a column lie together; `cluster_blocks` blocks share the rows of one. A lift
+    with `block_columns` computes so many columns of all rows in a block instead of tiles of a share of them.
     """
 
     symbol: str
@@ -67,6 +68,7 @@ class KernelFunction:
     knobs: str = ""
     plane_bytes: int = 64
     cluster_blocks: int = 1
+    block_columns: int = 0
 
     def accepts(self, tokens: int, out_features: int, lifted_features: int) -> bool:
         """Whether this function computes a call of these sizes."""
@@ -209,9 +211,10 @@ def _function(record: Any) -> KernelFunction:
     for name, value in values.items():
         if type(value) is not (str if name in ("symbol", "op", "dtype", "archs", "knobs") else int):
             raise ValueError(f"{name} of a function is {value!r}")
-    if values["plane_bytes"] not in (16, 64) or values["cluster_blocks"] < 1:
+    if values["plane_bytes"] not in (16, 64) or values["cluster_blocks"] < 1 or values["block_columns"] < 0:
         raise ValueError(
-            f"planes of {values['plane_bytes']} bytes, clusters of {values['cluster_blocks']} blocks"
+            f"planes of {values['plane_bytes']} bytes, clusters of {values['cluster_blocks']} blocks, "
+            f"blocks of {values['block_columns']} columns"
         )
     return KernelFunction(**values)
 

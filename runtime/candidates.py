@@ -17,7 +17,7 @@ from liftc.runtime import operands
 from liftc.runtime.kernels import Kernels, load_kernels
 from liftc.runtime.operands import Linear, Operands
 from liftc.runtime.ops import Ops
-from liftc.runtime.planes import Planes
+from liftc.runtime.planes import LIFTS, Planes
 from liftc.runtime.tiles import PRODUCTS
 from liftc.runtime.timing import Clock, machine_facts
 from liftc.spec import DTYPES
@@ -75,7 +75,7 @@ class Bench:
             return None
         mine = [f for f in loaded.object.functions if f.symbol in candidate.symbols]
         dtypes = {f.dtype for f in mine}
-        ops = PRODUCTS if candidate.op in PRODUCTS else (candidate.op,)
+        ops = next((forms for forms in (PRODUCTS, LIFTS) if candidate.op in forms), (candidate.op,))
         rest = [f for f in self.base.object.functions if f.op not in ops or f.dtype not in dtypes]
         functions = {**self.base.functions, **{f.symbol: loaded.functions[f.symbol] for f in mine}}
         return replace(

@@ -30,30 +30,28 @@ class FusedLifts:
 
     def norm(
         self, x: Tensor, gain: Tensor, eps: float, dtype: torch.dtype, activation_scale: Tensor | None,
-        left: Tensor, right: Tensor, next_tiles: Tensor | None = None,
+        left: Tensor, right: Tensor,
     ) -> tuple[Planes | Tensor, Tensor]:  # fmt: skip
         """Operands of gain * cast(x * rsqrt(mean x^2 + eps)), the norm in float32 and cast to `dtype`."""
         if x.dtype == dtype == gain.dtype and x.dtype != torch.float32:
             source = Source("lift_planes_norm", gain, eps)
-            done = self._ops.tiles.planes.lift(x, activation_scale, left, right, source, next_tiles)
+            done = self._ops.tiles.planes.lift(x, activation_scale, left, right, source)
             if done is not None:
                 return done
         wide = x.float()
         root = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-        normed = gain * (wide * root).to(dtype)
-        return self._ops.lift_operands(normed, activation_scale, left, right, next_tiles)
+        return self._ops.lift_operands(gain * (wide * root).to(dtype), activation_scale, left, right)
 
     def gate(
-        self, gate_and_up: Tensor, activation_scale: Tensor | None, left: Tensor, right: Tensor,
-        next_tiles: Tensor | None = None,
-    ) -> tuple[Planes | Tensor, Tensor]:  # fmt: skip
+        self, gate_and_up: Tensor, activation_scale: Tensor | None, left: Tensor, right: Tensor
+    ) -> tuple[Planes | Tensor, Tensor]:
         """Operands of silu(gate) * up, the halves of the last axis."""
-        done = self._ops.tiles.planes.lift(gate_and_up, activation_scale, left, right, GATED, next_tiles)
+        done = self._ops.tiles.planes.lift(gate_and_up, activation_scale, left, right, GATED)
         if done is not None:
             return done
         gate, up = gate_and_up.chunk(2, -1)
         x = torch.nn.functional.silu(gate) * up
-        return self._ops.lift_operands(x, activation_scale, left, right, next_tiles)
+        return self._ops.lift_operands(x, activation_scale, left, right)
 
 
 def fuse(graph: Graph, ops: Ops) -> int:

@@ -119,7 +119,7 @@ def _tile_signs(graphs: dict[str, Graph], tensors: dict[str, torch.Tensor], tile
 
 
 def _pass_operands(graphs: dict[str, Graph], tensors: dict[str, torch.Tensor], ops: Ops) -> None:
-    """Let every lift whose z goes to tiled products only hand it over as operand bytes, and know the first one's signs.
+    """Let every lift whose z goes to tiled products only hand it over as operand bytes, without int16.
 
     Where LIFTC_FUSED_LIFTS asks for it, such a lift also takes the input of the norm or the gate before it.
     """
@@ -131,9 +131,6 @@ def _pass_operands(graphs: dict[str, Graph], tensors: dict[str, torch.Tensor], o
             products = [user for value in values for user in value.users]
             if products and all(_is_tiled_product(p, values, tensors) for p in products):
                 node.target = ops.lift_operands
-                signs = products[0].args[2]
-                node.prepend(signs)
-                node.args = (*node.args, signs)
                 for product in products:
                     product.target = ops.tiles.sign_matmul
         if env.fused_lifts():

@@ -137,7 +137,7 @@ def product(ops: Ops, linear: Linear, dtype: torch.dtype) -> Tensor:
 def lift(ops: Ops, linear: Linear) -> tuple[Planes | Tensor, Tensor]:
     """The lift as a loaded graph does it: planes for tiles, int16 for packed signs."""
     if linear.signs.dim() == 4:
-        return ops.lift_operands(linear.x, None, linear.left, linear.right, linear.signs)
+        return ops.lift_operands(linear.x, None, linear.left, linear.right)
     return ops.lift(linear.x, None, linear.left, linear.right)
 
 

@@ -143,14 +143,12 @@ class Ops:
         return y
 
     def lift_operands(
-        self, x: Tensor, activation_scale: Tensor | None, left: Tensor, right: Tensor, next_tiles: Tensor | None = None
-    ) -> tuple[Planes | Tensor, Tensor]:  # fmt: skip
-        """As lift, but z as Planes where the kernels have that form; for graphs whose products take both.
-
-        next_tiles: signs in tile form of the product that follows, where they are known.
-        """
-        planes = self.tiles.planes.lift(x, activation_scale, left, right, next_tiles=next_tiles)
-        return planes or self.lift(x, activation_scale, left, right)
+        self, x: Tensor, activation_scale: Tensor | None, left: Tensor, right: Tensor
+    ) -> tuple[Planes | Tensor, Tensor]:
+        """As lift, but z as Planes where the kernels have that form; for graphs whose products take both."""
+        return self.tiles.planes.lift(x, activation_scale, left, right) or self.lift(
+            x, activation_scale, left, right
+        )
 
     def lifted_linear(
         self,
@@ -177,7 +175,7 @@ class Ops:
             return self.sign_matmul(z, z_scale, packed, output_scale, x.dtype)
         parts = []
         for part in torch.split(x.reshape(tokens, -1), most):  # as many as a launch takes
-            operand, step = self.lift_operands(part, activation_scale, left, right, packed)
+            operand, step = self.lift_operands(part, activation_scale, left, right)
             parts.append(self.tiles.sign_matmul(operand, step, packed, output_scale, x.dtype))
         return torch.cat(parts).view(*x.shape[:-1], -1)
 

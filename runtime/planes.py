@@ -21,9 +21,6 @@ GROUP_COLUMNS = 256
 LIFT_PARTS = 8
 """Parts of 8 rows that a block of the lift works on at a time."""
 
-NEXT_TILES, NEXT_BYTES = 16, 16 << 20
-"""Tiles of each part of a row, and bytes in all, that a lift may ask for on behalf of the product that follows."""
-
 _REFUSALS = (TypeError, ValueError, RuntimeError)
 
 Tensor = torch.Tensor
@@ -58,6 +55,9 @@ class Source:
 
 
 LIFT_OPS = ("lift_planes", "lift_planes_norm", "lift_planes_gate")
+LIFTS = ("lift_planes_grouped", "lift_planes")
+"""Kernels of the lift of x itself; of those for as many tokens and factors as large the first of these is preferred."""
+
 PLAIN, GATED = Source(), Source("lift_planes_gate")
 
 
@@ -70,14 +70,19 @@ class PlaneKernels:
         self._split = [functions[f.symbol] for f in kernels.of("split_z")]
         self._lift: dict[tuple[str, torch.dtype], list[tuple[KernelFunction, Callable[..., None]]]] = {}
         for op in LIFT_OPS:
-            for f in kernels.of(op):
+            found = [f for form in (LIFTS if op == PLAIN.op else (op,)) for f in kernels.of(form)]
+            for f in sorted(found, key=lambda f: (f.max_tokens, f.most_left * f.most_right)):
                 self._lift.setdefault((op, DTYPES[f.dtype]), []).append((f, functions[f.symbol]))
         self._products = products
         self.most_tokens = products[-1].max_tokens if products and self._split else 0
         self._words = PerFactors(factor_words)
         self._ones: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-        self._no_tiles: dict[torch.device, Tensor] = {}
         self._processors: dict[torch.device, int] = {}
+
+    def lift_for(self, tokens: int, dtype: torch.dtype) -> KernelFunction | None:
+        """The kernel that lifts so many tokens of x itself with the smallest factors."""
+        made = self._lift.get((PLAIN.op, dtype), ())
+        return next((spec for spec, _ in made if spec.accepts(tokens, 0, 0)), None)
 
     def empty(
         self, lead: torch.Size, tokens: int, columns: int, device: torch.device, parts: int = 1
@@ -99,13 +104,9 @@ class PlaneKernels:
         return planes
 
     def lift(
-        self, x: Tensor, activation_scale: Tensor | None, left: Tensor, right: Tensor, source: Source = PLAIN,
-        next_tiles: Tensor | None = None,
+        self, x: Tensor, activation_scale: Tensor | None, left: Tensor, right: Tensor, source: Source = PLAIN
     ) -> tuple[Planes, Tensor] | None:  # fmt: skip
-        """Planes and z_scale f32 (..., 1) of what `source` makes of x, or None where no kernel takes this call.
-
-        next_tiles: int32 (NB, KB, 32, 4) that will be multiplied with them, of which a kernel may fetch some.
-        """
+        """Planes and z_scale f32 (..., 1) of what `source` makes of x, or None where no kernel takes this call."""
         width = x.shape[-1] if x.dim() else 0
         tokens = x.numel() // width if width else 0
         features = width // 2 if source.op == GATED.op else width
@@ -118,22 +119,24 @@ class PlaneKernels:
             return None
         for spec, function in self._lift.get((source.op, x.dtype), ()):
             if spec.accepts(tokens, 0, 0) and t1 <= spec.most_left and t2 <= spec.most_right:
-                return self._lift_with(
-                    spec, function, tokens, x, activation_scale, left, right, source, next_tiles
-                )
+                return self._lift_with(spec, function, tokens, x, activation_scale, left, right, source)
         return None
 
     def _lift_with(
         self, spec: KernelFunction, function: Callable[..., None], tokens: int, x: Tensor,
-        activation_scale: Tensor | None, left: Tensor, right: Tensor, source: Source, next_tiles: Tensor | None,
+        activation_scale: Tensor | None, left: Tensor, right: Tensor, source: Source,
     ) -> tuple[Planes, Tensor]:  # fmt: skip
         device, t1, (t2, lifted) = x.device, left.shape[0], right.shape
         left_words, right_words, bound = self._words(left, right)
-        groups, column_blocks = -(-tokens // spec.block_results), -(-right_words.shape[0] // spec.block_rows)
-        # A block takes at least so many parts of 8 rows of T* x; the blocks of a cluster share the rows.
-        most_row_blocks = -(-left_words.shape[0] // LIFT_PARTS)
-        row_blocks = min(most_row_blocks, self._processors_of(device) // (groups * column_blocks))
-        row_blocks = max(1, row_blocks // spec.cluster_blocks) * spec.cluster_blocks
+        groups = -(-tokens // spec.block_results)
+        if spec.block_columns:
+            row_blocks, column_blocks = 1, -(-lifted // spec.block_columns)
+        else:
+            column_blocks = -(-right_words.shape[0] // spec.block_rows)
+            # A block takes at least so many parts of 8 rows of T* x; the blocks of a cluster share the rows.
+            most_row_blocks = -(-left_words.shape[0] // LIFT_PARTS)
+            row_blocks = min(most_row_blocks, self._processors_of(device) // (groups * column_blocks))
+            row_blocks = max(1, row_blocks // spec.cluster_blocks) * spec.cluster_blocks
         parts = row_blocks * column_blocks
         planes = self.empty(x.shape[:-1], tokens, t1 * lifted, device, parts)
         z_scale = torch.empty(tokens, 1, dtype=torch.float32, device=device)
@@ -141,25 +144,14 @@ class PlaneKernels:
             self._one_of(device, torch.float32) if activation_scale is None else _vectors(activation_scale)
         )
         gain = self._one_of(device, x.dtype) if source.gain is None else _vectors(source.gain)
-        tiles, *ahead = self._ahead(next_tiles, tokens, device)
-        arguments = (_vectors(x.reshape(tokens, -1)), gain, scale, bound, left_words, right_words, tiles)
-        sizes = (source.eps, groups * parts, row_blocks, t1, t2, lifted, *ahead)
+        arguments = (_vectors(x.reshape(tokens, -1)), gain, scale, bound, left_words, right_words)
+        sizes = (source.eps, groups * parts, row_blocks, t1, t2, lifted)
         try:
             function(*arguments, planes.data, planes.totals, z_scale, *sizes)
         except _REFUSALS as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no reason given"]
             raise LiftcError(f"liftc.lift: the kernels refuse this call ({lines[-1]})") from None
         return planes, z_scale.view(*x.shape[:-1], 1)
-
-    def _ahead(self, next_tiles: Tensor | None, tokens: int, device: torch.device) -> tuple[Tensor, int, int]:
-        """Tiles that a lift may ask for: where they are, in how many parts of a row, and how many of each."""
-        if next_tiles is None:
-            if device not in self._no_tiles:
-                self._no_tiles[device] = torch.zeros(1, 1, 32, 4, dtype=torch.int32, device=device)
-            return self._no_tiles[device], 1, 0
-        parts = next(f for f in self._products if f.accepts(tokens, 0, 0)).cluster_blocks
-        rows, width = next_tiles.shape[0] * parts, next_tiles.shape[1] // parts
-        return next_tiles, parts, min(NEXT_TILES, width, NEXT_BYTES // (rows * next_tiles[0, 0].nbytes))
 
     def _one_of(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         one = self._ones.get((device, dtype))

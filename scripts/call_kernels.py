@@ -21,12 +21,13 @@ import torch
 from liftc import reference
 from liftc.errors import LiftcError
 from liftc.format import LiftFormat
+from liftc.kernel_object import KernelFunction
 from liftc.packing import pack_signs, unpack_signs
 from liftc.runtime.fused_lifts import FusedLifts
 from liftc.runtime.kernels import Kernels, load_kernels
 from liftc.runtime.operands import MOST_STEP_ERROR, planes_to_z
 from liftc.runtime.ops import WEIGHT_FIRST_TOKENS, Ops
-from liftc.runtime.planes import Planes
+from liftc.runtime.planes import LIFTS, Planes
 from liftc.runtime.tiles import PRODUCTS
 from liftc.runtime.whiten import Whitening
 from liftc.spec import DTYPE_NAMES, DTYPES, Z_MAX, transform_shape
@@ -34,7 +35,13 @@ from liftc.spec import DTYPE_NAMES, DTYPES, Z_MAX, transform_shape
 GPU = torch.device("cuda", 0)
 SHAPES = ((33, 700), (1990, 1386), (1, 64), (16, 1), (570, 3000))
 """Rows and columns of signs."""
-LIFTS = ((576, LiftFormat(77, 32)), (200, LiftFormat(24, 8)), (64, LiftFormat(64, 32)))
+LIFTED = (
+    (576, LiftFormat(77, 32)),
+    (200, LiftFormat(24, 8)),
+    (64, LiftFormat(64, 32)),
+    (6240, LiftFormat(40, 32)),
+)
+"""Features of lifts and formats: the last one has more than 64 rows and columns."""
 FACTORS = ((7, 40), (5, 128), (128, 8))
 """Factors of transforms: both kernels, tiles of 16 that are half full, and the largest left factor."""
 
@@ -64,8 +71,8 @@ class Caller:
         return cls(replace(kernels, functions=functions), called)
 
     def only(self, op: str, symbol: str) -> Ops:
-        """Ops with one function for an op; a product also without those of the other forms."""
-        others = PRODUCTS if op in PRODUCTS else (op,)
+        """Ops with one function for an op; a product or a lift also without those of the other forms."""
+        others = next((forms for forms in (PRODUCTS, LIFTS) if op in forms), (op,))
         kept = tuple(f for f in self.kernels.object.functions if f.op not in others or f.symbol == symbol)
         return Ops(replace(self.kernels, object=replace(self.kernels.object, functions=kept)))
 
@@ -103,11 +110,13 @@ def products(ops: Ops, most: int, dtype: torch.dtype) -> Iterator[Check]:
             yield f"{rows} x {columns}, {tokens} tokens, {dtype}", torch.equal(got.cpu(), want)
 
 
-def lifts(ops: Ops, op: str, most: int, dtype: torch.dtype) -> Iterator[Check]:
+def lifts(ops: Ops, function: KernelFunction, most: int, dtype: torch.dtype) -> Iterator[Check]:
     """Lifts to planes or z, and the product of a lift's planes: columns past the last one are not written."""
-    fused = FusedLifts(ops)
-    for features, fmt in LIFTS:
+    fused, op = FusedLifts(ops), function.op
+    for features, fmt in LIFTED:
         t1, t2 = transform_shape(features, fmt)
+        if op.startswith("lift_planes") and (t1 > function.most_left or t2 > function.most_right):
+            continue
         left, right = random(t1, t1), random(t2, t2 // fmt.subspace_dim * fmt.lifted_dim)
         on_gpu = (left.to(GPU), right.to(GPU))
         packed, scale = signs_and_scale(47, t1 * right.shape[1])
@@ -124,7 +133,7 @@ def lifts(ops: Ops, op: str, most: int, dtype: torch.dtype) -> Iterator[Check]:
                 elif op == "lift_planes_gate":
                     x = torch.nn.functional.silu(given[:, :features]) * given[:, features:]
                     operand, step = fused.gate(given, factor, *on_gpu)
-                elif op == "lift_planes":
+                elif op in LIFTS:
                     operand, step = ops.lift_operands(given, factor, *on_gpu)
                 else:
                     operand, step = ops.lift(given, factor, *on_gpu)
@@ -228,11 +237,11 @@ def all_checks(caller: Caller) -> Iterator[tuple[str, Iterator[Check]]]:
     """What is called, and its checks."""
     kernels = caller.kernels
     ops = Ops(kernels)
-    for op in (*PRODUCTS, "lift_planes", "lift_planes_norm", "lift_planes_gate", "lift"):
+    for op in (*PRODUCTS, *LIFTS, "lift_planes_norm", "lift_planes_gate", "lift"):
         for function in kernels.of(op):
             alone = caller.only(op, function.symbol)
             dtype, most = DTYPES.get(function.dtype, torch.bfloat16), function.max_tokens or 16
-            checks = products(alone, most, dtype) if op in PRODUCTS else lifts(alone, op, most, dtype)
+            checks = products(alone, most, dtype) if op in PRODUCTS else lifts(alone, function, most, dtype)
             yield function.symbol, checks
     portable = Ops(
         replace(kernels, functions={k: f for k, f in kernels.functions.items() if "tile" not in k})

@@ -20,7 +20,8 @@ pytest.importorskip("tvm", reason="kernels are built with TVM")
 from liftc.codegen import build as build_module
 from liftc.codegen import fatbin, library, toolchain
 from liftc.codegen.build import build, check_toolchain, native_cpu_level
-from liftc.codegen.knobs import CPU_KNOBS, CpuKnobs, CudaKnobs
+from liftc.codegen.default_knobs import CPU_KNOBS
+from liftc.codegen.knobs import CpuKnobs, CudaKnobs
 
 try:
     NVCC: toolchain.Tool | None = toolchain.find_nvcc()

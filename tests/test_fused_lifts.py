@@ -25,7 +25,7 @@ class PlanesOfTests:
     def __init__(self) -> None:
         self.sources: list[Source] = []
 
-    def lift(self, x: torch.Tensor, scale: Any, left: Any, right: Any, source: Source, *_: Any) -> Any:
+    def lift(self, x: torch.Tensor, scale: Any, left: Any, right: Any, source: Source) -> Any:
         if x.shape[0] != 1:
             return None
         self.sources.append(source)
@@ -45,7 +45,7 @@ class OpsOfTests:
         self.tiles = self
 
     def lift_operands(self, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        return reference.lift(*arguments[:4])
+        return reference.lift(*arguments)
 
 
 def tensors(dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -22,7 +22,8 @@ from liftc.codegen.best_knobs import (
     knobs_from_json,
     knobs_to_json,
 )
-from liftc.codegen.knobs import CPU_KNOBS, SHARED_BYTES, CpuKnobs, TensorCoreKnobs, chip_family
+from liftc.codegen.default_knobs import CPU_KNOBS, SHARED_BYTES, chip_family
+from liftc.codegen.knobs import CpuKnobs, TensorCoreKnobs
 from liftc.errors import RecordError
 from liftc.format import LiftFormat
 from liftc.kernel_records import (

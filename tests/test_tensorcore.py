@@ -22,15 +22,15 @@ from liftc.spec import Z_MAX
 pytest.importorskip("tvm", reason="kernels are built with TVM")
 from liftc.codegen import library, tensorcore_device, tensorcore_split, toolchain
 from liftc.codegen.build_cuda import compile_flags, tirx_source
-from liftc.codegen.knobs import (
+from liftc.codegen.default_knobs import (
     BINARY_KNOBS,
     LIFT_KNOBS,
     POPCOUNT_KNOBS,
     SHARED_BYTES,
     TENSOR_CORE_KNOBS,
-    TensorCoreKnobs,
     chip_family,
 )
+from liftc.codegen.knobs import TensorCoreKnobs
 
 KNOBS = {
     "one": TensorCoreKnobs(tokens=1, warps=2, ring=5, sets=8, chunk_blocks=2, block_rows=8, first_tiles=1),

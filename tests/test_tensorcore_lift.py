@@ -31,12 +31,8 @@ KNOBS = {
     "one": LiftKnobs(1, ahead=2, left_depth=2, warps=2, **SMALL),
     "pair": LiftKnobs(6, group=2, units=1, left_depth=1, warps=3, trigger=1, dependent_launch=True, **SMALL),
     "kept": LiftKnobs(1, ahead=3, left_depth=1, warps=2, left_kept=2, cluster=2, **SMALL),
-    "shared": LiftKnobs(
-        4, 2, tiles=2, ahead=1, left_depth=1, warps=2, left_kept=4, cluster=3, next_tiles=True, **SMALL
-    ),
-    "wide": LiftKnobs(
-        6, 3, tiles=2, units=2, ahead=1, warps=2, trigger=2, dependent_launch=True, next_tiles=True, **SMALL
-    ),
+    "shared": LiftKnobs(4, 2, tiles=2, ahead=1, left_depth=1, warps=2, left_kept=4, cluster=3, **SMALL),
+    "wide": LiftKnobs(6, 3, tiles=2, units=2, ahead=1, warps=2, trigger=2, dependent_launch=True, **SMALL),
 }
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 KERNELS = [("one", d) for d in DTYPES] + [("pair", "bfloat16"), ("pair", "float32"), ("wide", "float16")]
@@ -77,9 +73,8 @@ def run(
     knobs, (tokens, features), (t2, lifted) = KNOBS[name], x.shape, right.shape
     dtype = next(key for key, value in DTYPES.items() if value == x.dtype)
     *parts_of, bound = factor_words(left, right)
-    parts_of.append(torch.zeros(5, 3, 32, 4, dtype=torch.int32))  # signs of the product that follows
     words = torch.cat([part.flatten() for part in parts_of])
-    left_words, right_words, next_tiles = (
+    left_words, right_words = (
         part.view(t.shape)
         for part, t in zip(words.split([t.numel() for t in parts_of]), parts_of, strict=True)
     )
@@ -98,7 +93,6 @@ def run(
         z_scale=z_scale, grid=grid, row_blocks=row_blocks, t1=left.shape[0], t2=t2, C=lifted, m=tokens, XC=features,
         SC=scale.numel(), NT=left_words.shape[0], KA=left_words.shape[1], CT=right_words.shape[0],
         KJ=right_words.shape[1], KB=blocks, COLS=2 * tokens, PIECES=pieces, WIDE=256 // pieces, P=parts,
-        next=next_tiles, next_tiles=next_tiles, NB=5, NK=3, next_parts=2, next_blocks=1,
     )  # fmt: skip
     return planes, totals.sum(0, dtype=torch.int32), z_scale
 

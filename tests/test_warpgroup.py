@@ -22,7 +22,8 @@ from liftc.spec import Z_MAX
 pytest.importorskip("tvm", reason="kernels are built with TVM")
 from liftc.codegen import library, tensorcore_device, toolchain, warpgroup_device
 from liftc.codegen.build_cuda import compile_flags, tirx_source
-from liftc.codegen.knobs import BINARY_KNOBS, BinaryKnobs
+from liftc.codegen.default_knobs import BINARY_KNOBS
+from liftc.codegen.knobs import BinaryKnobs
 
 KNOBS = {
     "four": BinaryKnobs(4, stage_blocks=2, ring=3, cutters=1, z_stages=2, block_rows=9, split=1, prefetch=1),

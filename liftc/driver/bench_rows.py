@@ -131,11 +131,11 @@ class Rows:
     def knobs(self, kernel: str, batch: int) -> dict[str, Any]:
         """Knobs of the kernels that serve a batch, with the op before the name."""
         found: dict[str, Any] = {}
-        lifts = (
-            f for f in self.kernels.of("lift_planes") if f.accepts(batch, 0, 0) and f.dtype == self._dtype()
-        )
         for part in kernel.split("+"):
-            function = next(lifts, None) if part == "lift" else self.ops.tiles.product_for(batch)
+            if part == "lift":
+                function = self.ops.tiles.planes.lift_for(batch, self.dtype)
+            else:
+                function = self.ops.tiles.product_for(batch)
             if function is not None:
                 found[f"{function.op}.symbol"] = function.symbol
                 found.update(
