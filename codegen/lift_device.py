@@ -141,8 +141,8 @@ __device__ __forceinline__ void liftc_gate_x8(void* raw, const void* up, int kin
 #pragma unroll
   for (int i = 0; i < 8; i += 2) {
     float a = liftc_value(r, i, kind), b = liftc_value(r, i + 1, kind);
-    a = a / (1.0f + expf(-a));
-    b = b / (1.0f + expf(-b));
+    a = __fdividef(a, 1.0f + __expf(-a));
+    b = __fdividef(b, 1.0f + __expf(-b));
     if (kind == 0) {
       r[i] = __float_as_uint(a * liftc_value(u, i, kind));
       r[i + 1] = __float_as_uint(b * liftc_value(u, i + 1, kind));
@@ -189,7 +189,7 @@ __device__ __forceinline__ void liftc_mixed_words(const void* part, int chains, 
 }
 """
 """Floats as sums of two bfloat16 numbers, to 16 bits each. norm_x8, gate_x8: x of a norm or of a gate, rounded
-after each of its steps. split_x4: half of eight values of x, scaled, as two words
+after each of its steps (silu to a few units in the last place of float32 before that). split_x4: half of eight values of x, scaled, as two words
 of high parts and two of low parts (none where bfloat16 says it all); returns the sum of squares. total: a
 result of 16 x 8 from what its products of high and low parts, `chains` of each, have added up. mixed_words: four of
 them as half an operand, two words of high and two of low parts."""

@@ -9,6 +9,8 @@
 struct alignas(16) float4 { float x, y, z, w; };
 inline unsigned liftc_pack_bf16(float low, float high) { return bfloat_bits(low) | bfloat_bits(high) << 16; }
 inline unsigned liftc_pack_half(float low, float high) { return half_bits(low) | half_bits(high) << 16; }
+inline float __expf(float value) { return std::exp(value); }
+inline float __fdividef(float a, float b) { return a / b; }
 inline float rsqrtf(float value) { return 1.0f / std::sqrt(value); }
 inline float liftc_from_half(unsigned bits) { return half_value(bits); }
 inline float __uint_as_float(uint32_t bits) { float value; std::memcpy(&value, &bits, 4); return value; }
