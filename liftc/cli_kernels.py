@@ -128,7 +128,7 @@ def add_commands(commands: Any, command: Callable[..., Any]) -> None:
     b.add_argument(
         "--only",
         action="append",
-        choices=("chains", "shapes", "peers", "prefill", "decode"),
+        choices=("chains", "shapes", "fused", "peers", "prefill", "decode"),
         help="repeatable",
     )
     b.add_argument(

@@ -47,8 +47,8 @@ def num_threads() -> int:
 
 
 def fused_lifts() -> bool:
-    """`LIFTC_FUSED_LIFTS=1` lets loaded graphs hand norms and gates to their lifts (GPU; docs/kernels.md)."""
-    return os.environ.get("LIFTC_FUSED_LIFTS") == "1"
+    """`LIFTC_FUSED_LIFTS=0` keeps loaded graphs from handing norms and gates to their lifts (GPU; docs/kernels.md)."""
+    return os.environ.get("LIFTC_FUSED_LIFTS") != "0"
 
 
 def processes() -> tuple[int, int]:

@@ -121,7 +121,7 @@ def _tile_signs(graphs: dict[str, Graph], tensors: dict[str, torch.Tensor], tile
 def _pass_operands(graphs: dict[str, Graph], tensors: dict[str, torch.Tensor], ops: Ops) -> None:
     """Let every lift whose z goes to tiled products only hand it over as operand bytes, without int16.
 
-    Where LIFTC_FUSED_LIFTS asks for it, such a lift also takes the input of the norm or the gate before it.
+    Unless LIFTC_FUSED_LIFTS is 0, such a lift also takes the input of the norm or the gate before it.
     """
     for graph in graphs.values():
         for node in graph.nodes:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from liftc.bundle import Work
+from liftc.driver.bench_fused import FusedRows
 from liftc.driver.bench_many import ManyRows
 from liftc.driver.bench_rows import Rows, Shape
 from liftc.driver.bench_text import line_text, table_text, what_text
@@ -27,7 +28,7 @@ from liftc.runtime.kernels import Kernels, load_kernels, runs_on
 CHAIN_ROUNDS = {"llama-2-70b": 6, "llama-2-7b": 8}
 """Layers in the chain of a shape set; other chains repeat until their signs fill the pool."""
 
-KINDS = ("chains", "shapes", "peers", "prefill", "decode")
+KINDS = ("chains", "shapes", "fused", "peers", "prefill", "decode")
 
 DEFAULT_SHAPES = {"cuda": ("llama-2-70b@77/32,64/32,96/32", "llama-2-7b"), "cpu": ("smollm2-135m",)}
 """Shape sets, with formats of their own after an @."""
@@ -165,7 +166,7 @@ def within_shared(kernels: Kernels, most: int) -> Kernels:
 def _measure(rows: Rows, path: Path, options: BenchOptions) -> Iterator[Record]:
     batches = options.batches or (1, 4, 8, 16)
     kinds = set(options.only or KINDS) - (set() if options.peers else {"peers"})
-    many = ManyRows(rows)
+    many, fused = ManyRows(rows), FusedRows(rows)
     for name, work in _sources(rows, path, options):
         formats: dict[str, list[Shape]] = {}
         for w in work:
@@ -180,6 +181,8 @@ def _measure(rows: Rows, path: Path, options: BenchOptions) -> Iterator[Record]:
                 for batch in batches:
                     if "shapes" in kinds:
                         yield from rows.shape(shape, fmt, batch)
+                    if "fused" in kinds:
+                        yield from fused.shape(shape, fmt, batch)
                     if "peers" in kinds and shape not in compared:
                         yield from rows.others(shape, fmt, batch)
                 compared.add(shape)

@@ -39,7 +39,7 @@ class Rows:
 
     def chain(self, shapes: Sequence[Shape], rounds: int, fmt: LiftFormat, batch: int) -> Iterator[Record]:
         """The shapes in order, `rounds` times over; 0 for as often as the pool has distinct signs."""
-        rounds = rounds or self._rounds(shapes, fmt, batch)
+        rounds = rounds or self.rounds(shapes, fmt, batch)
         linears = self.operands.linears(self.ops, list(shapes) * rounds, fmt, batch, self.dtype)
         status = self._status(linears[: len(shapes)])
         size = sum(linear.sign_bytes for linear in linears)
@@ -53,7 +53,7 @@ class Rows:
 
     def shape(self, shape: Shape, fmt: LiftFormat, batch: int) -> Iterator[Record]:
         """One shape, cold unless the pool is 0: a launch each of as many copies as the pool holds."""
-        rounds = self._rounds([shape], fmt, batch) if self.cold else 1
+        rounds = self.rounds([shape], fmt, batch) if self.cold else 1
         linears = self.operands.linears(self.ops, [shape] * rounds, fmt, batch, self.dtype)
         status = self._status(linears[:1])
         for kernel in _KERNELS:
@@ -88,11 +88,11 @@ class Rows:
 
     def attempt(
         self, kernel: str, shape: Shape, fmt: LiftFormat, batch: int, work: Callable[[], tuple[float, float] | None],
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = None, knobs: dict[str, Any] | None = None,
     ) -> Record:  # fmt: skip
         """The record of work() -> (microseconds, bytes), or None when the result is wrong; what it raises is recorded.
 
-        dtype: of the activations, that of the other rows by default.
+        dtype: of the activations, that of the other rows by default. knobs: what the record says of how it was done.
         """
         try:
             found = work()
@@ -101,10 +101,11 @@ class Rows:
         else:
             time, size = found or (1.0, 0.0)
             status = "ok" if found else "wrong"
-            made = self._record(kernel, fmt, shape, batch, time, size, status, knobs={})
+            made = self._record(kernel, fmt, shape, batch, time, size, status, knobs=knobs or {})
         return made if dtype is None else replace(made, dtype=DTYPE_NAMES[dtype])
 
-    def _rounds(self, shapes: Sequence[Shape], fmt: LiftFormat, batch: int) -> int:
+    def rounds(self, shapes: Sequence[Shape], fmt: LiftFormat, batch: int) -> int:
+        """How many times over the pool has distinct signs for these linears."""
         once = self.operands.linears(self.ops, shapes, fmt, batch, self.dtype)
         size = sum(linear.signs.nbytes for linear in once)
         return max(1, min(self.operands.pool.nbytes // size, _MOST_LAUNCHES // len(shapes)))
