@@ -128,6 +128,18 @@ inline int __reduce_add_sync(uint, int value) {
 }
 inline void atomicAdd(int* at, int value) { *at = int(uint32_t(*at) + uint32_t(value)); }
 inline uint32_t __shfl_sync(uint32_t, uint32_t value, int, int) { return value; }
+inline int __shfl_xor_sync(uint, int value, int away) {
+  block::Meeting& group = block::warps[block::current / 32];
+  int lane = block::current % 32;
+  group.values[lane] = value;
+  block::meet(group);
+  int other = group.values[lane ^ away];
+  block::meet(group);
+  return other;
+}
+inline uint32_t __shfl_xor_sync(uint mask, uint32_t value, int away) {
+  return uint32_t(__shfl_xor_sync(mask, int(value), away));
+}
 inline void liftc_dependent_start() {}
 inline void liftc_dependent_wait() {}
 inline void liftc_prefetch(const void* from, int bytes, int lane) {

@@ -1,0 +1,172 @@
+"""The lift on warp-group products, run on the CPU by an emulator of wgmma and bulk copies, against liftc/reference.py.
+
+What a GPU adds is in test_tiles_gpu.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from emulated_kernels import Emulated
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lift_launches import check, launch
+from operand_layouts import group_planes, planes_of, z_of
+
+from liftc.kernel_object import KernelFunction
+
+pytest.importorskip("tvm", reason="kernels are built with TVM")
+from liftc.codegen import lift_device, library, tensorcore_device, warpgroup_lift, warpgroup_lift_device
+from liftc.codegen.build_cuda import tirx_source
+from liftc.codegen.knobs import GroupLiftKnobs
+
+KNOBS = {
+    "small": GroupLiftKnobs(2, tiles=1, most_left=64, most_right=64, copied=False, trigger=1),
+    "large": GroupLiftKnobs(4, most_left=128, most_right=96),
+    "odd": GroupLiftKnobs(2, 3, most_left=64, most_right=128, registers=168, trigger=2, dependent_launch=False),
+}
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+SHAPES = (  # t1, t2, C, features
+    ("small", 9, 8, 9, 72), ("small", 64, 64, 28, 4096), ("small", 37, 56, 15, 1800), ("small", 1, 8, 3, 8),
+    ("large", 70, 96, 59, 6600), ("large", 128, 88, 28, 11264), ("large", 16, 24, 86, 80),
+    ("odd", 40, 72, 131, 2872), ("odd", 64, 128, 44, 8192), ("odd", 5, 104, 46, 512),
+)  # fmt: skip
+WIDE_ENOUGH = 99 * 257
+"""z of which both bytes are as planes are before a launch."""
+
+
+@functools.cache
+def generated_source() -> str:
+    """The CUDA source of every kernel of these tests."""
+    templates = []
+    for name, knobs in KNOBS.items():
+        for dtype in DTYPES:
+            symbol = f"lift_{name}_{dtype}"
+            make = functools.partial(warpgroup_lift.lift_planes_grouped, symbol, dtype, knobs)
+            templates.append(library.KernelTemplate(KernelFunction(symbol, "lift_planes_grouped", ""), make))
+    return tirx_source(templates)
+
+
+def emulate(folder: Path, early: bool, source: str) -> Emulated:
+    """The kernels of a source, with the device functions that are plain C++ and emulated products."""
+    helpers = "".join(getattr(lift_device, name) for name in ("SPLIT", "WARP_SUM", "Z_SCALE"))
+    helpers += tensorcore_device.WARP_ADD + warpgroup_lift_device.READ_X8 + warpgroup_lift_device.Z_WORDS
+    for columns in sorted({16 * knobs.tiles for knobs in KNOBS.values()}):
+        for text in (warpgroup_lift_device.STORE_MIXED, warpgroup_lift_device.STORE_GROUP_Z):
+            helpers += warpgroup_lift_device.fill(text, columns)
+    for op, numbers in sorted(set(re.findall(r"liftc_group_(mma|fence|wait)_([\d_]+)\(", source))):
+        helpers += f"GROUP_{op.upper()}({numbers.replace('_', ', ')})\n"
+    return Emulated(folder, early, source, "cuda_group_lift_emulator.h", helpers)
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["late", "early"])
+def emulated(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Emulated:
+    return emulate(tmp_path_factory.mktemp("emulated"), request.param, generated_source())
+
+
+def run(
+    emulated: Emulated, name: str, x: torch.Tensor, in_scale: torch.Tensor | None, left: torch.Tensor,
+    right: torch.Tensor, pieces: int = 4, columns: int = 0, kernel: str = "",
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Planes, sums of z and z_scale of one launch."""
+    dtype = next(key for key, value in DTYPES.items() if value == x.dtype)
+    emulated.library.begin_launch()
+    return launch(
+        emulated, kernel or f"lift_{name}_{dtype}", KNOBS[name].threads(), len(x), 1,
+        -(-right.shape[1] // KNOBS[name].columns()), x, in_scale, left, right, pieces, columns=columns,
+    )  # fmt: skip
+
+
+def operands(t1: int, t2: int, lifted: int) -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(t1 * t2 + lifted)
+    return torch.randn(t1, t1, generator=g), torch.randn(t2, lifted, generator=g)
+
+
+@pytest.mark.parametrize("name, t1, t2, lifted, features", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scaled", [True, False])
+def test_z_is_within_one_step(
+    emulated: Emulated, name: str, t1: int, t2: int, lifted: int, features: int, dtype: str, scaled: bool
+) -> None:
+    g = torch.Generator().manual_seed(features)
+    left, right = operands(t1, t2, lifted)
+    pieces = 16 if scaled else 4
+    x = torch.randn(2, features, generator=g).to(DTYPES[dtype])
+    in_scale = torch.rand(features, generator=g) + 0.5 if scaled else None
+    planes, totals, z_scale = run(emulated, name, x, in_scale, left, right, pieces, columns=6)
+    z = z_of(planes, 2, t1 * lifted)
+    check(z, z_scale, x, in_scale, left, right)
+    assert torch.equal(totals, z.sum(1, dtype=torch.int32))
+    padded = torch.nn.functional.pad(z.int(), (0, -z.shape[1] % 256), value=WIDE_ENOUGH)
+    laid_out = group_planes(padded, 6) if pieces == 16 else planes_of(padded, 6)
+    assert torch.equal(planes, laid_out), "what is not z stays as it was"
+
+
+@pytest.mark.parametrize("name, dtype", [("small", "bfloat16"), ("large", "float16"), ("odd", "bfloat16")])
+@pytest.mark.parametrize("scaled", [True, False])
+def test_tokens_that_are_not_finite_or_next_to_nothing(
+    emulated: Emulated, name: str, dtype: str, scaled: bool
+) -> None:
+    left, right = operands(19, 24, 29)
+    x = torch.randn(4, 440, generator=torch.Generator().manual_seed(1)).to(DTYPES[dtype])
+    x[0], x[1, 439], x[2, 7] = 0.0, -torch.inf, torch.nan
+    in_scale = torch.full((440,), 1.5) if scaled else None
+    planes, totals, z_scale = run(emulated, name, x, in_scale, left, right)
+    z = z_of(planes, 4, 19 * 29)
+    assert not z[:3].any() and z[3].any() and not totals[:3].any()
+    assert not z_scale[0].any() and z_scale[1:3].isnan().all() and z_scale[3] > 0
+    check(z, z_scale, x, in_scale, left, right)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(st.data())
+def test_every_column_is_stored_once(emulated: Emulated, data: st.DataObject) -> None:
+    """Rows of T* x begin and end anywhere in words, blocks and pieces of planes."""
+    name = data.draw(st.sampled_from(["small", "odd"]))
+    t1, t2 = data.draw(st.integers(1, 18)), data.draw(st.sampled_from([8, 16, 40]))
+    lifted = data.draw(st.integers(1, 2 * KNOBS[name].columns() + 3))
+    features = data.draw(st.integers(1, t1 * t2 // 8)) * 8
+    left, right = operands(t1, t2, lifted)
+    x = torch.randn(1, features, generator=torch.Generator().manual_seed(features)).to(torch.bfloat16)
+    z = []
+    for pieces in (4, 16):
+        planes, totals, z_scale = run(emulated, name, x, None, left, right, pieces)
+        z.append(z_of(planes, 1, t1 * lifted))
+        assert torch.equal(totals, z[-1].sum(1, dtype=torch.int32))
+    check(z[0], z_scale, x, None, left, right)
+    assert torch.equal(*z)
+
+
+MUTANTS = {
+    "no wait between products": r"liftc_group_wait_16_16\([^;]*raw_ptr[^;]*;\n",
+    "sums not shown to the products": r"liftc_group_fence_16\([^;]*;\n",
+    "P' not shown to the products": r"liftc_fence_shared\(\);\n(?=\s*tvm_builtin_cuda_cta_sync\(\);\n\s*part_ptr)",
+    "products before P' is there": r"tvm_builtin_cuda_cta_sync\(\);\n(?=\s*part_ptr)",
+    "no commit": r"liftc_group_commit\(\);\n",
+}  # fmt: skip
+
+
+def test_the_emulator_sees_what_is_missing(tmp_path: Path) -> None:
+    source = generated_source()
+    start = source.index('extern "C" __global__', source.index("lift_small_bfloat16_kernel"))
+    definition = re.compile(r'extern "C" __global__ [^;{]*\blift_small_bfloat16_kernel\([^)]*\) \{.*?\n\}\n', re.S)
+    kernel = definition.search(source)
+    assert kernel is not None and start > 0
+    texts = [source[: kernel.start()], kernel[0]]
+    for number, pattern in enumerate(MUTANTS.values()):
+        mutant, found = re.subn(pattern, "", kernel[0])
+        assert found > 0, pattern
+        texts.append(mutant.replace("lift_small_bfloat16_kernel", f"mutant_{number}_kernel"))
+    preamble, *kernels = texts
+    mutated = emulate(tmp_path, False, "".join(kernels) + source[source.index("#include <tvm/ffi/c_api.h>") :])
+    left, right = operands(37, 56, 15)
+    x = torch.randn(1, 1800, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    right_one = run(mutated, "small", x, None, left, right)
+    check(z_of(right_one[0], 1, 37 * 15), right_one[2], x, None, left, right)
+    for number, missing in enumerate(MUTANTS):
+        planes, _, _ = run(mutated, "small", x, None, left, right, kernel=f"mutant_{number}")
+        assert not torch.equal(planes, right_one[0]), missing
