@@ -1,5 +1,5 @@
-// Barriers that count arrivals and bytes, and the copy engine, whose copies land as late as the waits allow (or at once:
-// EARLY_COPIES).
+// Barriers that count arrivals and bytes, and the copy engine, whose copies land as late as the waits allow, or
+// at once.
 #pragma once
 #include "cuda_warp_emulator.h"
 
@@ -48,8 +48,6 @@ inline void liftc_bulk_copy(void* to, const void* from, int bytes, void* at) {
     return;
   }
   bulk::copies[at].push_back({to, from, bytes});
-#ifdef EARLY_COPIES
-  bulk::land(at);
-#endif
+  if (warp::early) bulk::land(at);
 }
 inline void liftc_launch_registers(int) {}

@@ -1,5 +1,5 @@
 // What the lift on warp-group products needs beyond cuda_lift_emulator.h: bfloat16 wgmma, whose sums appear as late as the
-// waits allow (or at once: EARLY_COPIES) and which sees sums and shared memory only as they were at fences.
+// waits allow, or at once, and which sees sums and shared memory only as they were at fences.
 #pragma once
 #include "cuda_lift_emulator.h"
 
@@ -58,12 +58,11 @@ inline void multiply(void* sums, Product p, const void* second, int along_k, int
   p.matrix = at | uint64_t(along_k >> 4) << 16 | uint64_t(along_n >> 4) << 32;
   Thread& mine = thread();
   mine.issued.push_back(p);
-#ifdef EARLY_COPIES
+  if (!warp::early) return;
   block::meet(block::warps[block::current / 32]);
   compute(mine.issued.size() - 1);
   std::memcpy(sums, mine.sums, p.columns * 2);
   block::meet(block::warps[block::current / 32]);
-#endif
 }
 inline void fence(void* sums, int columns) {
   if (thread().issued.empty()) std::memcpy(thread().sums, sums, columns * 2);
@@ -74,9 +73,7 @@ inline void wait(void* sums, int columns, const uint32_t* words, int held) {
   block::Meeting& warp = block::warps[block::current / 32];
   block::meet(warp);
   for (size_t which = 0; which < mine.committed; ++which) {
-#ifndef EARLY_COPIES
-    compute(which);
-#endif
+    if (!warp::early) compute(which);
     for (uint32_t operand : mine.issued[which].a)
       if (std::find(words, words + held, operand) == words + held) hide(mine);
   }

@@ -1,5 +1,5 @@
-// What warp-group kernels need beyond cuda_barrier_emulator.h: wgmma whose results appear as late as the waits allow (or
-// at once: EARLY_COPIES), clusters of blocks.
+// What warp-group kernels need beyond cuda_barrier_emulator.h: wgmma whose results appear as late as the waits allow, or
+// at once, and clusters of blocks.
 #pragma once
 #include <cstdint>
 static uint32_t window_of_block();
@@ -39,11 +39,10 @@ inline void multiply(std::vector<uint32_t*> d, uint32_t a0, uint32_t a1, uint32_
   std::copy(d.begin(), d.end(), p.d);
   for (int from = 0; from < 4; ++from) std::memcpy(p.a[from], warp::a[w][lane / 4 * 4 + from], 16);
   block::meet(block::warps[w]);
-#ifdef EARLY_COPIES
-  compute(p);
-#else
-  queues[block::current].open.push_back(p);
-#endif
+  if (warp::early)
+    compute(p);
+  else
+    queues[block::current].open.push_back(p);
 }
 inline void wait(size_t pending) {
   Queue& queue = queues[block::current];

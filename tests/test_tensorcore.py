@@ -65,11 +65,16 @@ def split_z(
     return planes, totals
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["late copies", "early copies"])
-def emulated(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Emulated:
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Emulated:
     helpers = tensorcore_device.STORE_PLANES + tensorcore_device.WARP_ADD
     folder = tmp_path_factory.mktemp("emulated")
-    return Emulated(folder, request.param, generated_source(), "cuda_warp_emulator.h", helpers)
+    return Emulated(folder, generated_source(), "cuda_warp_emulator.h", helpers)
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["late copies", "early copies"])
+def emulated(compiled: Emulated, request: pytest.FixtureRequest) -> Emulated:
+    return compiled.landing(request.param)
 
 
 @pytest.mark.parametrize(

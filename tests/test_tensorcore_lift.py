@@ -61,7 +61,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Emulated:
     names = ("SPLIT", "WARP_SUM", "Z_SCALE", "STAGE_Z", "STORE_ROWS", "PLACE", "ROUND")
     helpers = "".join(getattr(lift_device, name) for name in names)
     helpers += tensorcore_device.WARP_ADD
-    return Emulated(folder, False, generated_source(), "cuda_lift_emulator.h", helpers)
+    return Emulated(folder, generated_source(), "cuda_lift_emulator.h", helpers)
 
 
 def run(

@@ -42,11 +42,16 @@ def generated_source() -> str:
     return tirx_source([t for name, k in KNOBS.items() for t in library.binary_templates(name, (), (k,))])
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["late copies", "early copies"])
-def emulated(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Emulated:
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Emulated:
     folder = tmp_path_factory.mktemp("emulated")
     helpers = tensorcore_device.WARP_ADD + warpgroup_device.BITS_OF_BYTES
-    return Emulated(folder, request.param, generated_source(), "cuda_warpgroup_emulator.h", helpers)
+    return Emulated(folder, generated_source(), "cuda_warpgroup_emulator.h", helpers)
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["late copies", "early copies"])
+def emulated(compiled: Emulated, request: pytest.FixtureRequest) -> Emulated:
+    return compiled.landing(request.param)
 
 
 @pytest.mark.parametrize(
