@@ -101,6 +101,14 @@ inline void liftc_fence_shared() {  // what a block has written is there when th
   group::Visible& mine = group::visible();
   if (++mine.fences % block::block_threads == 0) std::memcpy(mine.pool.data(), pool_buf_ptr, POOL);
 }
+extern "C" long shared_bytes_used() {  // of the blocks of the last launch
+  long used = 0;
+  const uint64_t fill = POOL_FILL;
+  for (const std::vector<uint64_t>& pool : pools)
+    for (long at = POOL; at > used; --at)
+      if (reinterpret_cast<const uchar*>(pool.data())[at - 1] != reinterpret_cast<const uchar*>(&fill)[(at - 1) % 8]) used = at;
+  return used;
+}
 extern "C" void begin_launch() {
   group::threads.clear();
   group::shared.clear();

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import functools
 import re
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -17,10 +19,13 @@ from lift_launches import check, launch
 from operand_layouts import group_planes, planes_of, z_of
 
 from liftc.kernel_object import KernelFunction
+from liftc.runtime.kernels import Kernels
+from liftc.runtime.planes import PlaneKernels
 
 pytest.importorskip("tvm", reason="kernels are built with TVM")
 from liftc.codegen import library, lift_device, tensorcore_device, warpgroup_lift, warpgroup_lift_device
 from liftc.codegen.build_cuda import tirx_source
+from liftc.codegen.default_knobs import BINARY_KNOBS, GROUP_LIFT_KNOBS, LIFT_KNOBS
 from liftc.codegen.knobs import GroupLiftKnobs
 
 KNOBS = {
@@ -106,11 +111,14 @@ def run(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Planes, sums of z and z_scale of one launch."""
     dtype = next(key for key, value in DTYPES.items() if value == x.dtype)
+    knobs = KNOBS[name]
     emulated.library.begin_launch()
-    return launch(
-        emulated, kernel or f"lift_{name}_{dtype}", KNOBS[name].threads(), len(x), 1,
-        -(-right.shape[1] // KNOBS[name].columns()), x, in_scale, left, right, pieces, columns=columns,
+    made = launch(
+        emulated, kernel or f"lift_{name}_{dtype}", knobs.threads(), len(x), 1,
+        -(-right.shape[1] // knobs.columns()), x, in_scale, left, right, pieces, columns=columns,
     )  # fmt: skip
+    assert knobs.shared_bytes() - 16 < emulated.library.shared_bytes_used() <= knobs.shared_bytes()
+    return made
 
 
 def operands(t1: int, t2: int, lifted: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -183,3 +191,39 @@ def test_the_emulator_sees_what_a_kernel_lacks(compiled: Emulated) -> None:
     for number, lack in enumerate(LACKS):
         others, other_totals, _ = run(late, "small", x, None, left, right, kernel=f"lift_{number}_bfloat16")
         assert not (torch.equal(planes, others) and torch.equal(totals, other_totals)), lack
+
+
+def test_the_runtime_prefers_lifts_on_warp_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the kernels of one object: by tokens, then by factors, then these before others, with their own grid."""
+    hopper = ("hopper", ("sm_90a",))
+    templates = [
+        *library.lift_templates(*hopper, LIFT_KNOBS["hopper"]),
+        *library.group_lift_templates(*hopper, GROUP_LIFT_KNOBS["hopper"]),
+        *library.binary_templates(*hopper, BINARY_KNOBS["hopper"]),
+        *library.fixed_templates(*hopper),
+    ]
+    functions = [template.function for template in templates]
+    assert len({f.symbol for f in functions}) == len(functions)
+    calls: list[tuple[KernelFunction, tuple[object, ...]]] = []
+    callables = {f.symbol: lambda *arguments, f=f: calls.append((f, arguments)) for f in functions}
+    kernels = SimpleNamespace(functions=callables, of=lambda op: [f for f in functions if f.op == op])
+    products = tuple(f for f in functions if f.op == "sign_matmul_binary")
+    planes = PlaneKernels(cast(Kernels, kernels), products)
+    monkeypatch.setattr(PlaneKernels, "_processors_of", lambda self, device: 132)
+    for tokens, t1, t2, lifted, want in (
+        (1, 64, 64, 40, ""), (2, 64, 128, 40, ""), (2, 65, 64, 40, "4_128x128"), (4, 128, 200, 60, "4_128x224"), (4, 129, 64, 40, ""),
+        (5, 64, 64, 29, "8_64x64"), (8, 64, 72, 28, "8_64x128"), (6, 100, 128, 90, "8_128x128"),
+        (16, 40, 128, 45, "16_64x128"), (9, 65, 128, 77, "16_128x128"), (16, 65, 224, 1, "16_128x224"),
+        (16, 65, 232, 8, ""),
+    ):  # fmt: skip
+        left, right = operands(t1, t2, lifted)
+        assert planes.lift(torch.ones(tokens, t1 * t2, dtype=torch.bfloat16), None, left, right) is not None
+        function, arguments = calls.pop()
+        assert function.op == ("lift_planes_grouped" if want else "lift_planes")
+        smallest = planes.lift_for(tokens, torch.bfloat16)
+        assert smallest is not None and smallest.max_tokens >= tokens
+        if want:
+            assert function.symbol == f"lift_planes_grouped_hopper_bf16_{want}"
+            blocks = -(-lifted // function.block_columns)
+            assert arguments[10:] == (blocks * tokens, 1, t1, t2, lifted)
+            assert cast(torch.Tensor, arguments[7]).shape == (blocks, tokens)

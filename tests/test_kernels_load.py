@@ -205,6 +205,9 @@ def test_damaged_files_are_refused(native: Path, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="sha256 differs"):
         load_kernels(path, CPU)
     functions = json.loads(native.with_suffix(".json").read_text())["functions"]
+    for wrong in ({"block_columns": -1}, {"block_columns": "28"}, {"cluster_blocks": 0}, {"plane_bytes": 32}):
+        with pytest.raises(ArtifactError, match="not a kernel descriptor"):
+            load_kernels(edited(native, tmp_path, functions=[functions[0] | wrong]), CPU)
     functions[0]["symbol"] = "absent"
     with pytest.raises(ArtifactError, match="lacks absent"):
         load_kernels(edited(native, tmp_path, functions=functions), CPU)

@@ -24,6 +24,7 @@ from liftc.codegen import library, tensorcore_device, tensorcore_split, toolchai
 from liftc.codegen.build_cuda import compile_flags, tirx_source
 from liftc.codegen.default_knobs import (
     BINARY_KNOBS,
+    GROUP_LIFT_KNOBS,
     LIFT_KNOBS,
     POPCOUNT_KNOBS,
     SHARED_BYTES,
@@ -128,7 +129,7 @@ def test_every_llama_70b_layer_launches(family: str) -> None:
     """Shared memory never depends on the layer; rows beyond one wave of blocks make more waves."""
     for knobs in TENSOR_CORE_KNOBS[family]:
         assert knobs.shared_bytes() <= SHARED_BYTES[family]
-    for lift in LIFT_KNOBS[family]:
+    for lift in (*LIFT_KNOBS[family], *GROUP_LIFT_KNOBS.get(family, ())):
         assert lift.shared_bytes() <= SHARED_BYTES[family]
     one, groups = POPCOUNT_KNOBS.get(family, ()), BINARY_KNOBS.get(family, ())
     for product in (*one, *groups):
