@@ -118,7 +118,7 @@ LIFT_KNOBS: dict[str, tuple[LiftKnobs, ...]] = {
         )
     )
 }
-"""Choices of the lift per family, fewest tokens first, then smallest factors. Hopper measured on an H100: the first four
+"""Choices of the lift per family, fewest tokens first, then smallest factors. Hopper measured on an H100: the first 4
 leave room for a block of the product beside theirs. Server and blackwell would spill with two blocks."""
 
 _SMALL_GROUP_LIFT = GroupLiftKnobs(8, most_left=64, copied=False, registers=160)

@@ -255,12 +255,12 @@ class GroupLiftKnobs:
         """Of a block: a warp group for every 64 rows."""
         return 128 * -(-self.most_left // 64)
 
-    def shared_bytes(self) -> int:
-        """Dynamic shared memory of a block."""
+    def shared_bytes(self, form: str = "plain") -> int:
+        """Dynamic shared memory of a block of a form of the kernel."""
         right = self.tiles * self.pieces() * 2048
         mixed = self.threads() * self.tiles * 32
-        copies = self.threads() * self.most_right if self.copied else 0
-        return right + mixed + copies + 3 * -(-self.threads() // 128) * 16 + 16
+        copies = self.threads() * self.most_right * (2 if form == "gate" else 1) if self.copied else 0
+        return right + mixed + copies + -(-self.threads() // 128) * 64 + 16
 
     def describe(self) -> tuple[str, ...]:
         """One text "name=value" per knob."""

@@ -213,6 +213,11 @@ def fixed_templates(name: str, archs: tuple[str, ...]) -> Iterator[KernelTemplat
     )
 
 
+def usual_form(knobs: LiftKnobs | GroupLiftKnobs) -> str:
+    """What a language model has before a lift with factors as small or as large as these: a norm or a gate."""
+    return "norm" if knobs.most_left <= 64 else "gate"
+
+
 def lift_templates(
     name: str, archs: tuple[str, ...], choices: tuple[LiftKnobs, ...]
 ) -> Iterator[KernelTemplate]:
@@ -229,7 +234,7 @@ def lift_templates(
             for short, dtype in TIR_DTYPES.items():
                 if form != "plain" and short == "f32":
                     continue  # language models run in half precision on a GPU
-                if not knobs.takes_any() and (form != "plain" or short == "f32"):
+                if not knobs.takes_any() and (form not in ("plain", usual_form(knobs)) or short == "f32"):
                     continue  # knobs for some factors are for what is used most
                 # float32 needs more registers than two blocks leave
                 used = replace(knobs, blocks_per_processor=1) if short == "f32" else knobs
@@ -250,15 +255,17 @@ def group_lift_templates(
     from liftc.codegen import warpgroup_lift
 
     for knobs in choices:
-        for short in sorted(TIR_DTYPES.keys() - {"f32"}):  # as for other knobs for some factors
-            symbol = f"lift_planes_grouped_{name}_{short}_{knobs.tokens}_{knobs.most_left}x{knobs.most_right}"
-            function = KernelFunction(
-                symbol, "lift_planes_grouped", short, max_tokens=knobs.tokens, shared_bytes=knobs.shared_bytes(),
-                archs=",".join(archs), block_rows=knobs.tiles, block_results=1, most_left=knobs.most_left,
-                most_right=knobs.most_right, knobs=" ".join(knobs.describe()), block_columns=knobs.columns(),
-            )  # fmt: skip
-            make = partial(warpgroup_lift.lift_planes_grouped, symbol, TIR_DTYPES[short], knobs)
-            yield KernelTemplate(function, make)
+        for form in ("plain", usual_form(knobs)):
+            op = "lift_planes_grouped" if form == "plain" else f"lift_planes_{form}"
+            for short in sorted(TIR_DTYPES.keys() - {"f32"}):  # as for other knobs for some factors
+                symbol = f"{op}_{name}_{short}_{knobs.tokens}_{knobs.most_left}x{knobs.most_right}"
+                function = KernelFunction(
+                    symbol, op, short, max_tokens=knobs.tokens, shared_bytes=knobs.shared_bytes(form),
+                    archs=",".join(archs), block_rows=knobs.tiles, block_results=1, most_left=knobs.most_left,
+                    most_right=knobs.most_right, knobs=" ".join(knobs.describe()), block_columns=knobs.columns(),
+                )  # fmt: skip
+                make = partial(warpgroup_lift.lift_planes_grouped, symbol, TIR_DTYPES[short], knobs, form)
+                yield KernelTemplate(function, make)
 
 
 TUNED_TEMPLATES: tuple[TunedTemplate, ...] = (

@@ -40,10 +40,11 @@ def column_place(column: Any, tiles: int) -> tuple[Any, Any]:
     return block, T.Select(column < paired, at, column % 8)
 
 
-def lift_planes_grouped(symbol: str, dtype: str, knobs: GroupLiftKnobs) -> Any:
-    """PrimFunc x -> planes, totals, z_scale, with the arguments of tensorcore_lift.lift_planes in its plain form.
+def lift_planes_grouped(symbol: str, dtype: str, knobs: GroupLiftKnobs, form: str = "plain") -> Any:
+    """PrimFunc x -> planes, totals, z_scale, with the arguments of tensorcore_lift.lift_planes in this form.
 
-    `dtype` is float16 or bfloat16. z is within one step of liftc/reference.py.
+    `dtype` is float16 or bfloat16; a gate needs knobs.copied. row_blocks is 1, P = ceil(C / knobs.columns()). z is
+    within one step of liftc/reference.py.
     """
     TILES, WARPS, THREADS = knobs.tiles, knobs.threads() // 32, knobs.threads()
     COLUMNS = 16 * TILES
@@ -55,6 +56,7 @@ def lift_planes_grouped(symbol: str, dtype: str, knobs: GroupLiftKnobs) -> Any:
     AGAIN = 2 * WARPS  # matrices of eight rows a
     AT_ONCE = max(1, COPIES // (TILES + 1))  # operands of right that a warp loads at once, for all tiles
     ROWS_OF_X = 8 * knobs.most_right  # words of a warp's 16 rows
+    HALVES = 2 if form == "gate" else 1  # of a row of x
     RAW = 4
 
     def place(column: Any) -> tuple[Any, Any]:
@@ -68,7 +70,7 @@ def lift_planes_grouped(symbol: str, dtype: str, knobs: GroupLiftKnobs) -> Any:
     ) -> None:  # fmt: skip
         T.func_attr({"tirx.noalias": True, "global_symbol": symbol})
         m = T.int32()
-        IC = T.int32()
+        XC = T.int32()
         G = T.int32()
         SC = T.int32()
         NT = T.int32()
@@ -80,8 +82,8 @@ def lift_planes_grouped(symbol: str, dtype: str, knobs: GroupLiftKnobs) -> Any:
         PIECES = T.int32()
         WIDE = T.int32()
         P = T.int32()
-        x = T.match_buffer(x_arg, (m, IC), dtype, align=16)
-        gain = T.match_buffer(gain_arg, (G,), dtype, align=16)  # noqa: F841
+        x = T.match_buffer(x_arg, (m, XC), dtype, align=16)
+        gain = T.match_buffer(gain_arg, (G,), dtype, align=16)
         in_scale = T.match_buffer(in_scale_arg, (SC,), "float32", align=4)
         bound = T.match_buffer(bound_arg, (1,), "float32", align=4)
         left = T.match_buffer(left_arg, (NT, KA, 32, 4), "int32", align=16)
@@ -98,12 +100,13 @@ def lift_planes_grouped(symbol: str, dtype: str, knobs: GroupLiftKnobs) -> Any:
         pool = T.SMEMPool()
         right_s = pool.alloc((TILES * PARTS * 512,), "uint32", align=128)
         mixed = pool.alloc((2 * AGAIN * BLOCKS * 32,), "uint32", align=128)
-        rows_of_x = pool.alloc((WARPS * ROWS_OF_X,), "uint32", align=128) if knobs.copied else mixed
+        rows_of_x = pool.alloc((HALVES * WARPS * ROWS_OF_X,), "uint32", align=128) if knobs.copied else mixed
         arrived = pool.alloc((WARPS,), "uint64", align=16)  # a warp's rows of x
-        squares = pool.alloc((WARPS,), "float32", align=16)
+        squares = pool.alloc((2 * WARPS,), "float32", align=16)  # of what is lifted, and of x
         sums = pool.alloc((1,), "int32", align=16)
-        pool.commit(knobs.shared_bytes())
+        pool.commit(knobs.shared_bytes(form))
         raw = T.alloc_local((PARTS * 2 * RAW,), "uint32")
+        up = T.alloc_local((RAW,), "uint32")
         b = T.alloc_local((16,), "uint32")
         part = T.alloc_local((8 * TILES,), "float32")
         rows = T.alloc_local((DEPTH * 8,), "uint32")
@@ -114,6 +117,7 @@ def lift_planes_grouped(symbol: str, dtype: str, knobs: GroupLiftKnobs) -> Any:
         norm = T.alloc_local((1,), "float32")
         total = T.alloc_local((1,), "int32")
 
+        IC: T.let[T.int32] = XC // HALVES
         lane: T.let[T.int32] = tx % 32
         warp: T.let[T.int32] = tx // 32
         which: T.int32 = T.truncmod(bx, P)
@@ -178,27 +182,51 @@ def lift_planes_grouped(symbol: str, dtype: str, knobs: GroupLiftKnobs) -> Any:
         if knobs.copied:
             if held > 0:
                 if lane == 0:
-                    call("barrier_expect", arrived.ptr_to([warp]), held * 2)
-                    call(
-                        "bulk_copy", rows_of_x.ptr_to([warp * ROWS_OF_X]), x.ptr_to([token, warp * 16 * t2]), held * 2,
-                        arrived.ptr_to([warp]),
-                    )  # fmt: skip
+                    call("barrier_expect", arrived.ptr_to([warp]), held * 2 * HALVES)
+                    for h in T.unroll(HALVES):
+                        call(
+                            "bulk_copy", rows_of_x.ptr_to([(h * WARPS + warp) * ROWS_OF_X]),
+                            x.ptr_to([token, h * IC + warp * 16 * t2]), held * 2, arrived.ptr_to([warp]),
+                        )  # fmt: skip
                 call("barrier_await", arrived.ptr_to([warp]), 0)
         for s in T.unroll(PARTS):
             for r in T.unroll(2):
                 if knobs.copied:
+                    place_of: T.let[T.int32] = (r * 8 + lane // 4) * (t2 // 2) + lane % 4 * 4 + s * 16
                     call(
                         "read_x8",
-                        rows_of_x.ptr_to(
-                            [warp * ROWS_OF_X + (r * 8 + lane // 4) * (t2 // 2) + lane % 4 * 4 + s * 16]
-                        ),
+                        rows_of_x.ptr_to([warp * ROWS_OF_X + place_of]),
                         there[r] - s * 32,
                         raw.ptr_to([(s * 2 + r) * RAW]),
                     )
+                    if form == "gate":
+                        call(
+                            "read_x8",
+                            rows_of_x.ptr_to([(WARPS + warp) * ROWS_OF_X + place_of]),
+                            there[r] - s * 32,
+                            up.ptr_to([0]),
+                        )
+                        call("gate_x8", raw.ptr_to([(s * 2 + r) * RAW]), up.ptr_to([0]), KIND)
                 else:
                     call(
                         "load_x8", x.ptr_to([token, source[r] + s * 32]), KIND, there[r] - s * 32,
                         raw.ptr_to([(s * 2 + r) * RAW]),
+                    )  # fmt: skip
+        if form == "norm":
+            norm[0] = T.float32(0)
+            for s in T.unroll(2 * PARTS):
+                norm[0] = norm[0] + call("squares_x8", raw.ptr_to([s * RAW]), KIND)
+            call("warp_sum", norm[0], squares.ptr_to([WARPS + warp]), lane, squares.ptr_to([0]), 0, 1)
+            T.cuda.cta_sync()
+            norm[0] = T.float32(0)
+            for q in T.unroll(WARPS):
+                norm[0] = norm[0] + squares[WARPS + q]
+            norm[0] = T.rsqrt(norm[0] * (T.float32(1) / T.Cast("float32", IC)) + eps)
+            for s in T.unroll(PARTS):
+                for r in T.unroll(2):
+                    call(
+                        "norm_x8", raw.ptr_to([(s * 2 + r) * RAW]),
+                        gain.ptr_to([T.Select(s * 32 < there[r], source[r] + s * 32, 0)]), norm[0], KIND,
                     )  # fmt: skip
         for q in T.unroll(8 * TILES):
             part[q] = T.float32(0)

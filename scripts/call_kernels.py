@@ -39,7 +39,7 @@ LIFTED = (
     (576, LiftFormat(77, 32)),
     (200, LiftFormat(24, 8)),
     (64, LiftFormat(64, 32)),
-    (6240, LiftFormat(40, 32)),
+    (6240, LiftFormat(32, 32)),
 )
 """Features of lifts and formats: the last one has more than 64 rows and columns."""
 FACTORS = ((7, 40), (5, 128), (128, 8))
