@@ -67,3 +67,26 @@ def check(
     steps = exact[finite] / z_scale[finite].double()
     assert not finite.any() or float((z[finite] - steps).abs().max()) < 0.75
     assert not z[~finite].any()
+
+
+def before_lift(
+    tokens: int, features: int, form: str, dtype: torch.dtype, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """What a lift behind a norm or a gate reads, the gain of a norm, and what separate operations lift."""
+    given = torch.randn(tokens, features * (1 + (form == "gate")), generator=generator).to(dtype)
+    if form == "gate":
+        return given, None, torch.nn.functional.silu(given[:, :features]) * given[:, features:]
+    gain = (torch.rand(features, generator=generator) + 0.5).to(dtype)
+    wide = given.float()
+    return given, gain, gain * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)).to(dtype)
+
+
+def check_fused(
+    z: torch.Tensor, z_scale: torch.Tensor, x: torch.Tensor, in_scale: torch.Tensor | None, left: torch.Tensor,
+    right: torch.Tensor,
+) -> None:  # fmt: skip
+    """z is T* x but where an exp or a root that is one bit off turned a rounding of x, and with it a few steps of z."""
+    want, want_scale = reference.lift(x, in_scale, left, right)
+    torch.testing.assert_close(z_scale, want_scale, rtol=1e-4, atol=0)
+    away = (z.int() - want.int()).abs()
+    assert int(away.max()) <= 8 and float((away > 1).float().mean()) < 0.05

@@ -15,7 +15,7 @@ import torch
 from emulated_kernels import Emulated
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lift_launches import check, launch
+from lift_launches import before_lift, check, check_fused, launch
 from operand_layouts import group_planes, planes_of, z_of
 
 from liftc.kernel_object import KernelFunction
@@ -37,6 +37,7 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 KERNELS = (
     ("small", "bfloat16"), ("small", "float16"), ("large", "bfloat16"), ("odd", "bfloat16"),
 )  # fmt: skip
+FUSED = (("small", "float16", "norm"), ("small", "bfloat16", "gate"))
 SHAPES = (  # kernel, dtype, t1, t2, C, features
     ("small", "bfloat16", 9, 8, 9, 72), ("small", "bfloat16", 37, 56, 15, 1800), ("small", "float16", 64, 64, 28, 4096),
     ("small", "float16", 1, 8, 3, 8), ("large", "bfloat16", 70, 96, 59, 6600), ("large", "bfloat16", 16, 24, 26, 80),
@@ -63,16 +64,16 @@ LACKS = {
 def generated_source() -> str:
     """The CUDA source of every kernel of these tests."""
     templates = []
-    for name, dtype in KERNELS:
-        symbol = f"lift_{name}_{dtype}"
-        make = functools.partial(warpgroup_lift.lift_planes_grouped, symbol, dtype, KNOBS[name])
+    for name, dtype, form in (*((*kernel, "plain") for kernel in KERNELS), *FUSED):
+        symbol = f"lift_{form}_{name}_{dtype}"
+        make = functools.partial(warpgroup_lift.lift_planes_grouped, symbol, dtype, KNOBS[name], form)
         templates.append(library.KernelTemplate(KernelFunction(symbol, "lift_planes_grouped", ""), make))
     return tirx_source(templates)
 
 
 def lacking(source: str) -> str:
-    """The smallest kernel without one of LACKS after the other, lift_0_bfloat16 and so on."""
-    symbol = "lift_small_bfloat16_kernel"
+    """The smallest kernel without one of LACKS after the other, lift_plain_0_bfloat16 and so on."""
+    symbol = "lift_plain_small_bfloat16_kernel"
     defined = rf'extern "C" __global__ [^;{{]*\b{symbol}\([^)]*\) \{{.*?\n\}}\n'
     whole = re.search(defined, source, re.DOTALL)
     assert whole is not None
@@ -80,7 +81,7 @@ def lacking(source: str) -> str:
     for number, pattern in enumerate(LACKS.values()):
         kernel, found = re.subn(pattern, "", whole[0])
         assert found > 0, pattern
-        kernels += kernel.replace(symbol, f"lift_{number}_bfloat16_kernel")
+        kernels += kernel.replace(symbol, f"lift_plain_{number}_bfloat16_kernel")
     return kernels
 
 
@@ -108,16 +109,17 @@ def emulated(compiled: Emulated, request: pytest.FixtureRequest) -> Emulated:
 def run(
     emulated: Emulated, name: str, x: torch.Tensor, in_scale: torch.Tensor | None, left: torch.Tensor,
     right: torch.Tensor, pieces: int = 4, columns: int = 0, kernel: str = "",
+    form: str = "plain", gain: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Planes, sums of z and z_scale of one launch."""
     dtype = next(key for key, value in DTYPES.items() if value == x.dtype)
     knobs = KNOBS[name]
     emulated.library.begin_launch()
     made = launch(
-        emulated, kernel or f"lift_{name}_{dtype}", knobs.threads(), len(x), 1,
-        -(-right.shape[1] // knobs.columns()), x, in_scale, left, right, pieces, columns=columns,
+        emulated, f"lift_{form}_{kernel or name}_{dtype}", knobs.threads(), len(x), 1,
+        -(-right.shape[1] // knobs.columns()), x, in_scale, left, right, pieces, gain, columns,
     )  # fmt: skip
-    assert knobs.shared_bytes() - 16 < emulated.library.shared_bytes_used() <= knobs.shared_bytes()
+    assert knobs.shared_bytes(form) - 16 < emulated.library.shared_bytes_used() <= knobs.shared_bytes(form)
     return made
 
 
@@ -161,6 +163,21 @@ def test_tokens_that_are_not_finite_or_next_to_nothing(
     check(z, z_scale, x, in_scale, left, right)
 
 
+@pytest.mark.parametrize("name, dtype, form", FUSED)
+@pytest.mark.parametrize("scaled", [True, False])
+def test_fused_forms_lift_what_separate_operations_make(
+    emulated: Emulated, name: str, dtype: str, form: str, scaled: bool
+) -> None:
+    left, right = operands(22, 48, 29)
+    features, g = 1000, torch.Generator().manual_seed(7)
+    given, gain, x = before_lift(2, features, form, DTYPES[dtype], g)
+    in_scale = torch.rand(features, generator=g) + 0.5 if scaled else None
+    planes, totals, z_scale = run(emulated, name, given, in_scale, left, right, 16, form=form, gain=gain)
+    z = z_of(planes, 2, 22 * 29)
+    check_fused(z, z_scale, x, in_scale, left, right)
+    assert torch.equal(totals, z.sum(1, dtype=torch.int32))
+
+
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(st.data())
 def test_every_column_is_stored_once(emulated: Emulated, data: st.DataObject) -> None:
@@ -189,7 +206,7 @@ def test_the_emulator_sees_what_a_kernel_lacks(compiled: Emulated) -> None:
     check(z, z_scale, x, None, left, right)
     assert torch.equal(totals, z.sum(1, dtype=torch.int32))
     for number, lack in enumerate(LACKS):
-        others, other_totals, _ = run(late, "small", x, None, left, right, kernel=f"lift_{number}_bfloat16")
+        others, other_totals, _ = run(late, "small", x, None, left, right, kernel=f"{number}")
         assert not (torch.equal(planes, others) and torch.equal(totals, other_totals)), lack
 
 

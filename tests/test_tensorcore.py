@@ -129,8 +129,11 @@ def test_every_llama_70b_layer_launches(family: str) -> None:
     """Shared memory never depends on the layer; rows beyond one wave of blocks make more waves."""
     for knobs in TENSOR_CORE_KNOBS[family]:
         assert knobs.shared_bytes() <= SHARED_BYTES[family]
-    for lift in (*LIFT_KNOBS[family], *GROUP_LIFT_KNOBS.get(family, ())):
+    for lift in LIFT_KNOBS[family]:
         assert lift.shared_bytes() <= SHARED_BYTES[family]
+    for grouped in GROUP_LIFT_KNOBS.get(family, ()):
+        for form in ("plain", library.usual_form(grouped)):
+            assert grouped.shared_bytes(form) <= SHARED_BYTES[family]
     one, groups = POPCOUNT_KNOBS.get(family, ()), BINARY_KNOBS.get(family, ())
     for product in (*one, *groups):
         assert product.shared_bytes() <= SHARED_BYTES[family]
