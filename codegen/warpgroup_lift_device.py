@@ -190,12 +190,13 @@ def call(name: str, *arguments: Any) -> Any:
     family = "_".join(word for word in words if not word.isdigit())
     source, returns = _OTHERS[name] if name in _OTHERS else _FAMILIES[family]
     if numbers:
-        source = _fill(source, *numbers)
+        source = fill(source, *numbers)
     result = {"return_type": returns} if returns else {}
     return T.cuda.func_call(f"liftc_{name}", *arguments, source_code=source, **result)
 
 
-def _fill(source: str, columns: int, other: int = 0) -> str:
+def fill(source: str, columns: int, other: int = 0) -> str:
+    """The text of a device function for so many columns; `other`: what else its name has a number for."""
     sums = columns // 2
     places = ",".join(f"%{i}" for i in range(sums))
     first = ",".join(f"%{sums + i}" for i in range(4))

@@ -15,6 +15,9 @@ inline uint4 __ldg(const uint4* from) {
 inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, int shift) {
   return uint32_t(((uint64_t(high) << 32) | low) >> (shift & 31));
 }
+inline uint32_t __funnelshift_l(uint32_t low, uint32_t high, int shift) {
+  return uint32_t(((uint64_t(high) << 32) | low) << (shift & 31) >> 32);
+}
 inline float half_value(uint32_t bits) {
   uint16_t one = uint16_t(bits);
   _Float16 value;

@@ -2,6 +2,7 @@
 // warp with float sums, and rounding as CUDA names it.
 #pragma once
 #define POOL_FILL 0x4400440044004400  // 512 as bfloat16, about as much as float
+#include "cuda_barrier_emulator.h"
 #include "cuda_half_emulator.h"
 
 #include <array>
@@ -17,16 +18,9 @@ inline float __uint_as_float(uint32_t bits) { float value; std::memcpy(&value, &
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __fsqrt_rn(float a) { return std::sqrt(a); }
-inline float __shfl_xor_sync(uint, float value, int mask) {
-  block::Meeting& warp = block::warps[block::current / 32];
-  int lane = block::current % 32, bits;
-  std::memcpy(&bits, &value, 4);
-  warp.values[lane] = bits;
-  block::meet(warp);
-  float other;
-  std::memcpy(&other, &warp.values[lane ^ mask], 4);
-  block::meet(warp);
-  return other;
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __shfl_xor_sync(uint mask, float value, int away) {
+  return __int_as_float(__shfl_xor_sync(mask, __float_as_int(value), away));
 }
 inline float liftc_root(float value) { return std::sqrt(value); }
 inline float liftc_reciprocal(float value) { return 1.0f / value; }
@@ -37,9 +31,12 @@ inline void liftc_load_x8(const void* from, int kind, int there, void* out) {
   if (there > 0 && warp::inside(from, size)) std::memcpy(out, from, size);
 }
 inline float4 liftc_load_floats(const void* from, int there) {
-  return there > 0 ? *static_cast<const float4*>(from) : float4{0, 0, 0, 0};
+  return there > 0 && warp::inside(from, 16) ? *static_cast<const float4*>(from) : float4{0, 0, 0, 0};
 }
-inline void liftc_load_words(const void* from, void* out) { std::memcpy(out, from, 16); }
+inline void liftc_load_words(const void* from, void* out) {
+  const uchar *at = static_cast<const uchar*>(from), *pool = pool_buf_ptr;
+  if (at >= pool && at + 16 <= pool + POOL || warp::inside(from, 16)) std::memcpy(out, from, 16);
+}
 inline void liftc_mma_bf16(void* sums, const void* first, unsigned b0, unsigned b1) {
   int w = block::current / 32, lane = block::current % 32;
   static std::vector<std::array<uint32_t, 6>> operands;
@@ -60,11 +57,9 @@ inline void liftc_mma_bf16(void* sums, const void* first, unsigned b0, unsigned 
   block::meet(block::warps[w]);
 }
 
-inline void tvm_builtin_cuda_warp_sync() { block::meet(block::warps[block::current / 32]); }
 namespace cluster {
 static std::map<int, block::Meeting> meetings;
 static int size = 1;  // blocks of one
-static std::map<void*, long> missing;  // bytes, by barrier
 inline uchar* peer(const void* at, int rank) {
   int mine = block::current / block::block_threads;
   uchar* pool = reinterpret_cast<uchar*>(pools[mine / size * size + rank].data());
@@ -78,21 +73,13 @@ inline void liftc_cluster_leave() {
   meeting.size = threads;
   block::meet(meeting);
 }
-inline void liftc_fence_init() {}
-inline void liftc_barrier_expect(void* at, int bytes) {
-  cluster::missing[at] += bytes;
-  --static_cast<Barrier*>(at)->pending;
-}
-inline void liftc_barrier_await(void* at, int) {
-  while (static_cast<Barrier*>(at)->pending > 0 || cluster::missing[at] != 0) block::give_way();
-}
 inline void liftc_share_float(float value, void* at, int to, void* barrier, int rank, int peers) {
-  if (to != rank) cluster::missing[cluster::peer(barrier, to)] -= 4;
+  if (to != rank) bulk::arrived(cluster::peer(barrier, to), 4);
   std::memcpy(to != rank ? cluster::peer(at, to) : at, &value, 4);
 }
 inline void liftc_share(const void* words, void* at, void* barrier, int rank, int peers) {
   for (int to = 0; to < peers; ++to) {
-    if (peers > 1 && to != rank) cluster::missing[cluster::peer(barrier, to)] -= 16;
+    if (peers > 1 && to != rank) bulk::arrived(cluster::peer(barrier, to), 16);
     uchar* there = peers > 1 ? cluster::peer(at, to) : static_cast<uchar*>(at);
     std::memcpy(there, words, 8);
     std::memcpy(there + 512, static_cast<const uint32_t*>(words) + 2, 8);

@@ -1,5 +1,4 @@
-// What the binary tensor-core product needs beyond cuda_warp_emulator.h: mma on bits of a whole warp, loads past L1, and
-// exchanges between lanes.
+// What the binary tensor-core product needs beyond cuda_warp_emulator.h: mma on bits of a whole warp, and loads past L1.
 #pragma once
 #include "cuda_warp_emulator.h"
 
@@ -20,15 +19,6 @@ inline void tvm_builtin_ptx_mma_int_sync_aligned_m16n8k256_row_col_s32_b1_b1_s32
   }
   block::meet(block::warps[w]);
   d0 = out[0], d1 = out[1], d2 = out[2], d3 = out[3];
-}
-inline int __shfl_xor_sync(uint, int value, int mask) {
-  block::Meeting& warp = block::warps[block::current / 32];
-  int lane = block::current % 32;
-  warp.values[lane] = value;
-  block::meet(warp);
-  int other = warp.values[lane ^ mask];
-  block::meet(warp);
-  return other;
 }
 inline unsigned long long liftc_address(const void* at) { return reinterpret_cast<unsigned long long>(at); }
 inline void liftc_load_bytes(unsigned long long from, int apart, void* out) {

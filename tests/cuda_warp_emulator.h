@@ -1,5 +1,5 @@
 // What tensor-core kernels need beyond cuda_block_emulator.h: shared memory as 32-bit addresses, asynchronous
-// copies that land as late as the waits allow (or at once: EARLY_COPIES), and integer mma of a whole warp.
+// copies that land as late as the waits allow, or at once, and integer mma of a whole warp.
 #pragma once
 #include "cuda_block_emulator.h"
 
@@ -33,6 +33,7 @@ static uint32_t a[256][32][4], b[256][32][2];
 static const uchar *begin, *end;  // what asynchronous copies and prefetches may touch besides `tiles`
 static const uchar *tiles_begin, *tiles_end;
 static long bad_reads;
+static bool early;  // whether asynchronous work lands at once
 
 inline void copy(const Copy& c) { std::memcpy(shared_at(c.to), c.from, 16); }
 inline void flush(std::vector<Copy>& group) { for (const Copy& c : group) copy(c); group.clear(); }
@@ -47,16 +48,16 @@ inline void begin_blocks(int count) {
   pools.assign(count, std::vector<uint64_t>(POOL / 8, POOL_FILL));
 }
 }  // namespace warp
+extern "C" void set_early(int early) { warp::early = early; }
 
 inline uint32_t tvm_builtin_cuda_cvta_generic_to_shared(void* p) { return uint32_t(static_cast<uchar*>(p) - pool_buf_ptr) | SHARED_WINDOW; }
 inline void tvm_builtin_cuda_cta_sync() { __syncthreads(); }
 inline void tvm_builtin_ptx_cp_async_cg_async_cg_shared_global_16(uint32_t to, const void* from) {
   if (!warp::inside(from, 16)) return;
-#ifdef EARLY_COPIES
-  warp::copy({to, from});
-#else
-  warp::pipes[block::current].open.push_back({to, from});
-#endif
+  if (warp::early)
+    warp::copy({to, from});
+  else
+    warp::pipes[block::current].open.push_back({to, from});
 }
 inline void tvm_builtin_ptx_cp_async_commit_group_async_commit_group() {
   warp::Pipe& pipe = warp::pipes[block::current];
@@ -128,6 +129,18 @@ inline int __reduce_add_sync(uint, int value) {
 }
 inline void atomicAdd(int* at, int value) { *at = int(uint32_t(*at) + uint32_t(value)); }
 inline uint32_t __shfl_sync(uint32_t, uint32_t value, int, int) { return value; }
+inline int __shfl_xor_sync(uint, int value, int away) {
+  block::Meeting& group = block::warps[block::current / 32];
+  int lane = block::current % 32;
+  group.values[lane] = value;
+  block::meet(group);
+  int other = group.values[lane ^ away];
+  block::meet(group);
+  return other;
+}
+inline uint32_t __shfl_xor_sync(uint mask, uint32_t value, int away) {
+  return uint32_t(__shfl_xor_sync(mask, int(value), away));
+}
 inline void liftc_dependent_start() {}
 inline void liftc_dependent_wait() {}
 inline void liftc_prefetch(const void* from, int bytes, int lane) {

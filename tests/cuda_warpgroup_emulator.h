@@ -1,18 +1,15 @@
-// What warp-group kernels need beyond cuda_warp_emulator.h: wgmma whose results appear as late as the waits allow (or
-// at once: EARLY_COPIES), copies by the copy engine that barriers count, clusters of blocks.
+// What warp-group kernels need beyond cuda_barrier_emulator.h: wgmma whose results appear as late as the waits allow, or
+// at once, and clusters of blocks.
 #pragma once
 #include <cstdint>
 static uint32_t window_of_block();
 #define SHARED_WINDOW window_of_block()
-#include "cuda_warp_emulator.h"
+#include "cuda_barrier_emulator.h"
 
 namespace group {
 struct Product { uint32_t* d[32]; uint32_t a[4][4]; uint64_t z; bool add; };
 struct Queue { std::vector<Product> open; std::deque<std::vector<Product>> groups; };
-struct Bulk { void* to; const void* from; int bytes; };
 static std::map<int, Queue> queues;
-static std::map<void*, std::vector<Bulk>> copies;  // on their way, by barrier
-static std::map<void*, long> expected;             // bytes, by barrier
 static std::map<int, block::Meeting> teams;
 static std::map<int, int> arrived;  // threads, by cluster
 static int split = 1;
@@ -42,30 +39,15 @@ inline void multiply(std::vector<uint32_t*> d, uint32_t a0, uint32_t a1, uint32_
   std::copy(d.begin(), d.end(), p.d);
   for (int from = 0; from < 4; ++from) std::memcpy(p.a[from], warp::a[w][lane / 4 * 4 + from], 16);
   block::meet(block::warps[w]);
-#ifdef EARLY_COPIES
-  compute(p);
-#else
-  queues[block::current].open.push_back(p);
-#endif
+  if (warp::early)
+    compute(p);
+  else
+    queues[block::current].open.push_back(p);
 }
 inline void wait(size_t pending) {
   Queue& queue = queues[block::current];
   for (; queue.groups.size() > pending; queue.groups.pop_front())
     for (const Product& p : queue.groups.front()) compute(p);
-}
-inline void complete(void* at) {
-  Barrier& barrier = *static_cast<Barrier*>(at);
-  if (barrier.pending == 0 && expected[at] == 0) barrier.pending = barrier.arrivals, ++barrier.phase;
-}
-inline void land(void* at) {
-  for (const Bulk& c : copies[at]) {
-    std::memcpy(c.to, c.from, c.bytes);
-    expected[at] -= c.bytes;
-  }
-  if (!copies[at].empty()) {
-    copies[at].clear();
-    complete(at);
-  }
 }
 inline int rank() { return blockIdx.x % split; }
 }  // namespace group
@@ -90,34 +72,11 @@ inline uint32_t tvm_builtin_cluster_ctaid_x() { return group::rank(); }
 
 struct uint4 { uint32_t x, y, z, w; };
 inline void liftc_fence_shared() {}
-inline void tvm_builtin_cuda_warp_sync() { block::meet(block::warps[block::current / 32]); }
 inline int liftc_uniform(int value) { return value; }
-inline void liftc_fence_init() {}
-inline void liftc_barrier_expect(void* at, int bytes) {
-  group::expected[at] += bytes;
-  --static_cast<Barrier*>(at)->pending;
-  group::complete(at);
-}
 inline void liftc_warp_signal(void* at) {
   if (block::current % 32) return;
   --static_cast<Barrier*>(at)->pending;
-  group::complete(at);
-}
-inline void liftc_barrier_await(void* at, int parity) {
-  while (static_cast<Barrier*>(at)->phase % 2 == parity) {
-    group::land(at);
-    if (static_cast<Barrier*>(at)->phase % 2 == parity) block::give_way();
-  }
-}
-inline void liftc_bulk_copy(void* to, const void* from, int bytes, void* at) {
-  if (bytes % 16 || reinterpret_cast<uintptr_t>(to) % 16 || !warp::inside(from, bytes)) {
-    ++warp::bad_reads;
-    return;
-  }
-  group::copies[at].push_back({to, from, bytes});
-#ifdef EARLY_COPIES
-  group::land(at);
-#endif
+  bulk::complete(at);
 }
 inline void liftc_cluster_arrive() { ++group::arrived[block::current / (block::block_threads * group::split)]; }
 inline void liftc_cluster_await() {
@@ -129,9 +88,7 @@ inline void liftc_add_to_peer(void* at, int value, int rank, void* barrier) {
   uchar* peer = reinterpret_cast<uchar*>(pools[mine - group::rank() + rank].data());
   uint32_t* to = reinterpret_cast<uint32_t*>(peer + (static_cast<uchar*>(at) - pool_buf_ptr));
   *to += uint32_t(value);
-  void* counts = peer + (static_cast<uchar*>(barrier) - pool_buf_ptr);
-  group::expected[counts] -= 4;
-  group::complete(counts);
+  bulk::arrived(peer + (static_cast<uchar*>(barrier) - pool_buf_ptr), 4);
 }
 inline void liftc_store_four(void* y, long long at, int count, int kind, const void* sets, int total, float token_scale,
                              const void* scales) {
@@ -157,7 +114,6 @@ inline int liftc_barrier_test(void* at, int parity, int lane) {
   block::meet(warp);
   return over;
 }
-inline void liftc_launch_registers(int) {}
 inline void tvm_builtin_ptx_setmaxnreg_inc_sync_aligned_u32_120() {}
 inline void tvm_builtin_ptx_setmaxnreg_dec_sync_aligned_u32_56() {}
 extern "C" void set_split(int split) {  // before every launch

@@ -19,9 +19,9 @@ POOL = re.compile(r"extern __shared__ __align__\(\d+\) uchar pool_buf_ptr\[\];")
 class Emulated:
     """Kernels by name, compiled for the CPU. Blocks of a grid run together, as a grid-wide barrier needs."""
 
-    def __init__(self, folder: Path, early: bool, source: str, header: str, helpers: str) -> None:
+    def __init__(self, folder: Path, source: str, header: str, helpers: str) -> None:
         """The kernels of a generated source. `header` and `helpers` (device functions that are plain C++) have what
-        they need. early: asynchronous work lands at once.
+        they need.
         """
         kernels = list(KERNEL.finditer(source))
         text = source[kernels[0].start() : source.index("#include <tvm/ffi/c_api.h>")]
@@ -56,10 +56,14 @@ class Emulated:
             "-fno-strict-aliasing",
             f"-I{Path(__file__).parent}",
         ]
-        flags += ["-DEARLY_COPIES"] if early else []
         command = [str(compiler.path), *flags, "kernels.cpp", "-o", "kernels.so"]
         subprocess.run(command, cwd=folder, check=True, timeout=120)
         self.library = ctypes.CDLL(str(folder / "kernels.so"))
+
+    def landing(self, early: bool) -> Emulated:
+        """The same kernels, from now on with asynchronous work that lands at once, or else as late as waits allow."""
+        self.library.set_early(int(early))
+        return self
 
     def __call__(
         self, symbol: str, grid: int, threads: int, streamed: tuple[torch.Tensor, torch.Tensor],

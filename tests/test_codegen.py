@@ -55,11 +55,9 @@ def fake_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def only(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
     """Build kernels of one dtype and one batch size, to save time."""
     monkeypatch.setattr(library, "TIR_DTYPES", {dtype: library.TIR_DTYPES[dtype]})
-    few = {family: knobs[:1] for family, knobs in library.TENSOR_CORE_KNOBS.items()}
-    monkeypatch.setattr(library, "TENSOR_CORE_KNOBS", few)
-    monkeypatch.setattr(
-        library, "LIFT_KNOBS", {family: knobs[:1] for family, knobs in library.LIFT_KNOBS.items()}
-    )
+    for table in ("TENSOR_CORE_KNOBS", "LIFT_KNOBS", "GROUP_LIFT_KNOBS"):
+        few = {family: knobs[:1] for family, knobs in getattr(library, table).items()}
+        monkeypatch.setattr(library, table, few)
 
 
 def test_cpu_build_is_reproducible_and_described(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,9 +113,9 @@ def test_cuda_kernels_with_other_arguments_are_refused(native: Path, tmp_path: P
     assert OLDEST_CUDA_KERNELS <= KERNEL_VERSION
     changes = {"target": "cuda", "archs": ["sm_89"], "ptx": "", "features": []}
     path = edited(native, tmp_path, kernel_version=OLDEST_CUDA_KERNELS - 1, **changes)
-    with pytest.raises(
-        ArtifactError, match=r"are of version 5, this liftc calls version 6 and .*: compile again"
-    ):
+    oldest = OLDEST_CUDA_KERNELS
+    said = f"are of version {oldest - 1}, this liftc calls version {oldest} and .*: compile again"
+    with pytest.raises(ArtifactError, match=said):
         load_kernels(path, torch.device("cuda"))
 
 
@@ -205,6 +205,9 @@ def test_damaged_files_are_refused(native: Path, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="sha256 differs"):
         load_kernels(path, CPU)
     functions = json.loads(native.with_suffix(".json").read_text())["functions"]
+    for wrong in ({"block_columns": -1}, {"block_columns": "28"}, {"cluster_blocks": 0}, {"plane_bytes": 32}):
+        with pytest.raises(ArtifactError, match="not a kernel descriptor"):
+            load_kernels(edited(native, tmp_path, functions=[functions[0] | wrong]), CPU)
     functions[0]["symbol"] = "absent"
     with pytest.raises(ArtifactError, match="lacks absent"):
         load_kernels(edited(native, tmp_path, functions=functions), CPU)

@@ -36,11 +36,16 @@ def generated_source() -> str:
     return tirx_source([t for name, k in KNOBS.items() for t in library.popcount_templates(name, (), (k,))])
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["late copies", "early copies"])
-def emulated(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Emulated:
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Emulated:
     helpers = popcount_device.STORE_BITS + popcount_device.WEIGH_BITS + popcount_device.LANES_ADD
     folder = tmp_path_factory.mktemp("popcount")
-    return Emulated(folder, request.param, generated_source(), "cuda_popcount_emulator.h", helpers)
+    return Emulated(folder, generated_source(), "cuda_popcount_emulator.h", helpers)
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["late copies", "early copies"])
+def emulated(compiled: Emulated, request: pytest.FixtureRequest) -> Emulated:
+    return compiled.landing(request.param)
 
 
 @pytest.mark.parametrize(

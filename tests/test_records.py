@@ -261,6 +261,10 @@ def test_candidates_fit_and_start_with_the_present_choice(arch: str, limit: int 
     serve_one = [k for k in library.LIFT_KNOBS[family] if batches_of(family, "lift_planes", k.tokens)[0] == 1]
     found = search.cuda_candidates(arch, (1,), 3, ops=("lift_planes",))
     assert [c.op for c in found] == ["lift_planes"] * 3 * len(serve_one) and serve_one
+    grouped = library.GROUP_LIFT_KNOBS.get(family, ())
+    found = search.cuda_candidates(arch, (4, 16), 9, ops=("lift_planes_grouped",))
+    assert [c.knobs for c in found if c.rank == 0] == [k for k in grouped if k.tokens in (4, 16)]
+    assert len(found) > len(grouped) or not grouped
 
 
 def test_chains_are_read_as_written() -> None:

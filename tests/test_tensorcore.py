@@ -24,6 +24,7 @@ from liftc.codegen import library, tensorcore_device, tensorcore_split, toolchai
 from liftc.codegen.build_cuda import compile_flags, tirx_source
 from liftc.codegen.default_knobs import (
     BINARY_KNOBS,
+    GROUP_LIFT_KNOBS,
     LIFT_KNOBS,
     POPCOUNT_KNOBS,
     SHARED_BYTES,
@@ -65,11 +66,16 @@ def split_z(
     return planes, totals
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["late copies", "early copies"])
-def emulated(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Emulated:
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Emulated:
     helpers = tensorcore_device.STORE_PLANES + tensorcore_device.WARP_ADD
     folder = tmp_path_factory.mktemp("emulated")
-    return Emulated(folder, request.param, generated_source(), "cuda_warp_emulator.h", helpers)
+    return Emulated(folder, generated_source(), "cuda_warp_emulator.h", helpers)
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["late copies", "early copies"])
+def emulated(compiled: Emulated, request: pytest.FixtureRequest) -> Emulated:
+    return compiled.landing(request.param)
 
 
 @pytest.mark.parametrize(
@@ -125,6 +131,9 @@ def test_every_llama_70b_layer_launches(family: str) -> None:
         assert knobs.shared_bytes() <= SHARED_BYTES[family]
     for lift in LIFT_KNOBS[family]:
         assert lift.shared_bytes() <= SHARED_BYTES[family]
+    for grouped in GROUP_LIFT_KNOBS.get(family, ()):
+        for form in ("plain", library.usual_form(grouped)):
+            assert grouped.shared_bytes(form) <= SHARED_BYTES[family]
     one, groups = POPCOUNT_KNOBS.get(family, ()), BINARY_KNOBS.get(family, ())
     for product in (*one, *groups):
         assert product.shared_bytes() <= SHARED_BYTES[family]

@@ -12,20 +12,18 @@ import torch
 from emulated_kernels import Emulated
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lift_launches import before_lift, check, check_fused, factors, launch
 from operand_layouts import group_planes, z_of
 
-from liftc import reference
 from liftc.format import LiftFormat
 from liftc.kernel_object import KernelFunction
-from liftc.runtime.factors import factor_words
-from liftc.spec import Z_MAX, transform_shape
+from liftc.spec import Z_MAX
 
 pytest.importorskip("tvm", reason="kernels are built with TVM")
 from liftc.codegen import library, lift_device, tensorcore_device, tensorcore_lift
 from liftc.codegen.build_cuda import tirx_source
 from liftc.codegen.knobs import LiftKnobs
 
-EPS = 1e-5
 SMALL = {"most_left": 64, "most_right": 128}
 KNOBS = {
     "one": LiftKnobs(1, ahead=2, left_depth=2, warps=2, **SMALL),
@@ -62,7 +60,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Emulated:
     names = ("SPLIT", "WARP_SUM", "Z_SCALE", "STAGE_Z", "STORE_ROWS", "PLACE", "ROUND")
     helpers = "".join(getattr(lift_device, name) for name in names)
     helpers += tensorcore_device.WARP_ADD
-    return Emulated(folder, False, generated_source(), "cuda_lift_emulator.h", helpers)
+    return Emulated(folder, generated_source(), "cuda_lift_emulator.h", helpers)
 
 
 def run(
@@ -70,55 +68,14 @@ def run(
     right: torch.Tensor, row_blocks: int = 1, pieces: int = 4, form: str = "plain", gain: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Planes, sums of z and z_scale of one launch."""
-    knobs, (tokens, features), (t2, lifted) = KNOBS[name], x.shape, right.shape
+    knobs, tokens, lifted = KNOBS[name], len(x), right.shape[1]
     dtype = next(key for key, value in DTYPES.items() if value == x.dtype)
-    *parts_of, bound = factor_words(left, right)
-    words = torch.cat([part.flatten() for part in parts_of])
-    left_words, right_words = (
-        part.view(t.shape)
-        for part, t in zip(words.split([t.numel() for t in parts_of]), parts_of, strict=True)
-    )
     row_blocks = -(-row_blocks // knobs.cluster) * knobs.cluster
     emulated.library.set_cluster(knobs.cluster)
-    parts = row_blocks * -(-right_words.shape[0] // knobs.tiles)
-    grid = parts * -(-tokens // knobs.group)
-    blocks = -(-left.shape[0] * lifted // 256)
-    planes = torch.full((blocks, pieces, 2 * tokens, 256 // pieces), 99, dtype=torch.int8)
-    totals, z_scale = torch.full((parts, tokens), 99, dtype=torch.int32), torch.full((tokens, 1), 99.0)
-    scale = torch.ones(1) if in_scale is None else in_scale
-    emulated(
-        f"lift_{form}_{name}_{dtype}", grid, knobs.warps * 32, (x, words),
-        x=x, gain=x.new_ones(8) if gain is None else gain, eps=EPS, G=8 if gain is None else len(gain),
-        in_scale=scale, bound=bound, left=left_words, right=right_words, planes=planes, totals=totals,
-        z_scale=z_scale, grid=grid, row_blocks=row_blocks, t1=left.shape[0], t2=t2, C=lifted, m=tokens, XC=features,
-        SC=scale.numel(), NT=left_words.shape[0], KA=left_words.shape[1], CT=right_words.shape[0],
-        KJ=right_words.shape[1], KB=blocks, COLS=2 * tokens, PIECES=pieces, WIDE=256 // pieces, P=parts,
+    return launch(
+        emulated, f"lift_{form}_{name}_{dtype}", knobs.warps * 32, -(-tokens // knobs.group), row_blocks,
+        -(-lifted // (16 * knobs.tiles)), x, in_scale, left, right, pieces, gain,
     )  # fmt: skip
-    return planes, totals.sum(0, dtype=torch.int32), z_scale
-
-
-def factors(in_features: int, fmt: LiftFormat) -> tuple[torch.Tensor, torch.Tensor]:
-    g = torch.Generator().manual_seed(in_features)
-    t1, t2 = transform_shape(in_features, fmt)
-    lifted = t2 // fmt.subspace_dim * fmt.lifted_dim
-    return torch.randn(t1, t1, generator=g), torch.randn(t2, lifted, generator=g)
-
-
-def check(
-    z: torch.Tensor, z_scale: torch.Tensor, x: torch.Tensor, in_scale: torch.Tensor | None, left: torch.Tensor,
-    right: torch.Tensor,
-) -> None:  # fmt: skip
-    """z is the rounded T* x, at most a step of the reference away, and the step is that of the reference."""
-    want, want_scale = reference.lift(x, in_scale, left, right)
-    torch.testing.assert_close(z_scale, want_scale, rtol=1e-5, atol=0, equal_nan=True)
-    assert int((z.int() - want.int()).abs().max()) <= 1
-    exact = reference.lift_real(
-        x.double(), None if in_scale is None else in_scale.double(), left.double(), right.double()
-    )
-    finite = (z_scale > 0).flatten()
-    steps = exact[finite] / z_scale[finite].double()
-    assert not finite.any() or float((z[finite] - steps).abs().max()) < 0.75
-    assert not z[~finite].any()
 
 
 @pytest.mark.parametrize("in_features, fmt", SHAPES)
@@ -151,24 +108,12 @@ def test_fused_forms_lift_what_separate_operations_make(
     g = torch.Generator().manual_seed(in_features)
     left, right = factors(in_features, fmt)
     tokens, width = min(4, KNOBS[name].tokens), left.shape[0] * right.shape[1]
-    given = torch.randn(tokens, in_features * (1 + (form == "gate")), generator=g).to(DTYPES[dtype])
-    gain = (torch.rand(in_features, generator=g) + 0.5).to(DTYPES[dtype])
-    if form == "norm":
-        wide = given.float()
-        x = gain * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)).to(DTYPES[dtype])
-    else:
-        x = torch.nn.functional.silu(given[:, :in_features]) * given[:, in_features:]
+    given, gain, x = before_lift(tokens, in_features, form, DTYPES[dtype], g)
     in_scale = torch.rand(in_features, generator=g) + 0.5 if scaled else None
-    planes, totals, z_scale = run(
-        emulated, name, given, in_scale, left, right, 2, form=form, gain=gain if form == "norm" else None
-    )
+    planes, totals, z_scale = run(emulated, name, given, in_scale, left, right, 2, form=form, gain=gain)
     z = z_of(planes, tokens, width)
     assert torch.equal(totals, z.sum(1, dtype=torch.int32))
-    want, want_scale = reference.lift(x, in_scale, left, right)
-    # An exp or a root that is one bit off may turn a rounding of x, and with it a few steps of z.
-    torch.testing.assert_close(z_scale, want_scale, rtol=1e-4, atol=0)
-    away = (z.int() - want.int()).abs()
-    assert int(away.max()) <= 8 and float((away > 1).float().mean()) < 0.05
+    check_fused(z, z_scale, x, in_scale, left, right)
 
 
 @pytest.mark.parametrize("shape", SHAPES[::3], ids=str)

@@ -22,7 +22,7 @@ from liftc.spec import Z_MAX
 pytest.importorskip("tvm", reason="kernels are built with TVM")
 from liftc.codegen import library, tensorcore_device, toolchain, warpgroup_device
 from liftc.codegen.build_cuda import compile_flags, tirx_source
-from liftc.codegen.default_knobs import BINARY_KNOBS
+from liftc.codegen.default_knobs import BINARY_KNOBS, GROUP_LIFT_KNOBS
 from liftc.codegen.knobs import BinaryKnobs
 
 KNOBS = {
@@ -42,11 +42,16 @@ def generated_source() -> str:
     return tirx_source([t for name, k in KNOBS.items() for t in library.binary_templates(name, (), (k,))])
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["late copies", "early copies"])
-def emulated(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Emulated:
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Emulated:
     folder = tmp_path_factory.mktemp("emulated")
     helpers = tensorcore_device.WARP_ADD + warpgroup_device.BITS_OF_BYTES
-    return Emulated(folder, request.param, generated_source(), "cuda_warpgroup_emulator.h", helpers)
+    return Emulated(folder, generated_source(), "cuda_warpgroup_emulator.h", helpers)
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["late copies", "early copies"])
+def emulated(compiled: Emulated, request: pytest.FixtureRequest) -> Emulated:
+    return compiled.landing(request.param)
 
 
 @pytest.mark.parametrize(
@@ -85,6 +90,18 @@ def test_sign_matmul_is_bit_identical(
     assert (y[-1] == 7.0).all()
 
 
+def group_lifts() -> list[library.KernelTemplate]:
+    """The largest lifts in use for bfloat16 activations, which have all forms of the products."""
+    return [
+        template
+        for choices in GROUP_LIFT_KNOBS.values()
+        for template in library.group_lift_templates(
+            "chosen", (), tuple({(k.most_left, k.registers): k for k in choices}.values())
+        )
+        if template.function.dtype == "bf16"
+    ]
+
+
 @pytest.fixture(scope="module")
 def assembled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The machine code of the kernels in use, and what the assembler said."""
@@ -94,6 +111,7 @@ def assembled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         pytest.skip("no nvcc on this machine")
     folder = tmp_path_factory.mktemp("assembled")
     templates = [t for k in BINARY_KNOBS.values() for t in library.binary_templates("chosen", (), k)]
+    templates += group_lifts()
     (folder / "kernels.cu").write_text(tirx_source(templates))
     flags = [*compile_flags(("sm_90a",), ""), "-w", "-Xptxas=-v", "-cubin"]
     command = [str(nvcc.path), *flags, "kernels.cu", "-o", "k.cubin"]
@@ -101,7 +119,7 @@ def assembled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 
 def test_chosen_kernels_compile_without_spills(assembled: tuple[Path, str]) -> None:
-    text, kernels = assembled[1], sum(map(len, BINARY_KNOBS.values()))
+    text, kernels = assembled[1], sum(map(len, BINARY_KNOBS.values())) + len(group_lifts())
     assert kernels == text.count("spill stores") == text.count(" 0 bytes spill stores, 0 bytes spill loads")
     assert "serialized" not in text  # what the assembler says when products would wait for each other
 
@@ -127,3 +145,15 @@ def test_an_overwritten_operand_is_found() -> None:
 """
     assert [found.split(" <- ")[1] for found in overwrites(loop)] == ["LDS.128 R8, [R20]"]
     assert overwrites(loop.replace("LDS.128 R8, [R20]", "LDS.64 R6, [R20]")) == []
+    lift = """
+        /*0000*/                   WARPGROUP.ARRIVE ;
+        /*0010*/                   HGMMA.64x32x16.F32.BF16 R24, R148, gdesc[UR8].tnspB, RZ, !UPT ;
+        /*0020*/                   FFMA.FTZ R2, R151, R151, R2 ;
+        /*0030*/                   HGMMA.64x32x16.F32.BF16 R24, R152, gdesc[UR12].tnspB, R24, gsb0 ;
+        /*0040*/                   F2FP.BF16.F32.PACK_AB R151, R4, R3 ;
+        /*0050*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0060*/                   F2FP.BF16.F32.PACK_AB R152, R4, R3 ;
+        /*0070*/                   EXIT ;
+"""
+    assert [found.split()[1:3] for found in overwrites(lift)] == [["R24,", "R148,"]]
+    assert overwrites(lift.replace("PACK_AB R151", "PACK_AB R156")) == []
