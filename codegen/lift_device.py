@@ -189,10 +189,10 @@ __device__ __forceinline__ void liftc_mixed_words(const void* part, int chains, 
 }
 """
 """Floats as sums of two bfloat16 numbers, to 16 bits each. norm_x8, gate_x8: x of a norm or of a gate, rounded
-after each of its steps (silu to a few units in the last place of float32 before that). split_x4: half of eight values of x, scaled, as two words
-of high parts and two of low parts (none where bfloat16 says it all); returns the sum of squares. total: a
-result of 16 x 8 from what its products of high and low parts, `chains` of each, have added up. mixed_words: four of
-them as half an operand, two words of high and two of low parts."""
+after each of its steps (silu right to a few units in the last place of float32 before that). split_x4: half of eight
+values of x, scaled, as two words of high parts and two of low parts (none where bfloat16 says it all); returns the sum
+of squares. total: a result of 16 x 8 from what its products of high and low parts, `chains` of each, have added up.
+mixed_words: four of them as half an operand, two words of high and two of low parts."""
 
 BF16 = f"\n#ifndef LIFTC_BF16\n#define LIFTC_BF16\n{CONVERT}{SPLIT}#endif\n"
 """Both, once in a source however many of their functions are called."""

@@ -157,8 +157,8 @@ def _apart(knobs: Any, limit: int) -> Any:
 
 
 def _fits(knobs: Any, limit: int) -> bool:
-    if knobs.shared_bytes() > limit:
-        return False
+    if (knobs.shared_bytes("gate") if getattr(knobs, "copied", False) else knobs.shared_bytes()) > limit:
+        return False  # a lift that copies x is also built for gates, with two halves of x
     if hasattr(knobs, "sets"):  # accumulators: 4 per set, 16 rows and 8 columns, two columns a token
         accumulators = 4 * knobs.sets * knobs.row_blocks * -(-2 * knobs.tokens // 8)
         return bool((accumulators + _REGISTERS_BESIDE) * knobs.warps * 32 <= _REGISTER_FILE)
