@@ -1,15 +1,18 @@
 # mypy: disable-error-code="misc, untyped-decorator, no-untyped-def, used-before-def"
-"""The lift of large factors for several tokens, on warp-group products of sm_90a.
+"""The lift of several tokens on warp-group products of sm_90a.
 
 T* x is the matrix left X right with X = x as (t1, t2), as in codegen/tensorcore_lift.py, whose operand words, bound and
 planes these are. There a warp has eight rows and reads all of right, and then all of P', from shared memory; here a
-warp group has 64 rows, and `wgmma` reads right and P' once for all of them. A block owns 16 `tiles` columns c of T* x
-and all its rows, one warp group for each 64, and `group` tokens.
+warp group has 64 rows, and `wgmma` reads right and P' once for all of them. A block has one token and 16 `tiles`
+columns c of T* x with all their rows, one warp group for each 64.
 
 First P' = X right: rows of X are the first operand, from registers, as they lie in memory (features 8 q + 4 s + 2 h + e
 of 32 are column 2 q + 8 h + e of step s), right the second one, eight columns by eight features to a matrix. P' goes
 to shared memory as high and low bfloat16 parts, eight rows a by eight columns to a matrix, from which Z = left P' takes
 it transposed; left is in registers before x is there. Both accumulate all products of high and low parts in float32.
+
+The planes get whole words of four columns: a block stores, in every row, the words that begin in its columns but the
+last four, which it computes for the words that end there.
 """
 
 from __future__ import annotations
