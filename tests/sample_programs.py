@@ -116,7 +116,7 @@ def stacked_tensors(program: Program, tensors: dict[str, torch.Tensor]) -> dict[
 
 
 def run_graph(program: Program, graph: str, tensors: dict[str, torch.Tensor], *inputs: Any) -> Any:
-    """Run a graph of a program on CPU, with the kernels of the lift ops where they are registered, else their reference."""
+    """Run a graph of a program on CPU, with kernels of the lift ops where they are registered, else their reference."""
     # As the loader does: kernels take output scales in float32, whatever the checkpoint stores.
     values = {name: t.float() if name.endswith(".output_scale") else t for name, t in tensors.items()}
     for name, (_, operands) in program.folded.items():
