@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.fx import Graph, Node
 
-from liftc import reference
+from liftc import env, reference
 from liftc.runtime.executor import BoundGraph
 from liftc.runtime.fused_lifts import fuse
 from liftc.runtime.planes import GATED, Source
@@ -148,3 +148,10 @@ def test_a_norm_to_another_dtype_is_done_by_separate_operations() -> None:
     assert fuse(graph, ops) == 1  # type: ignore[arg-type]
     got = BoundGraph(graph, held, torch.device("cpu")).call(x)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)) and not ops.planes.sources
+
+
+def test_lifts_are_fused_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LIFTC_FUSED_LIFTS", raising=False)
+    assert env.fused_lifts()
+    monkeypatch.setenv("LIFTC_FUSED_LIFTS", "0")
+    assert not env.fused_lifts()
