@@ -42,9 +42,9 @@ TILE_BYTES = 512
 
 
 def sign_matmul_binary(symbol: str, knobs: BinaryKnobs) -> Any:
-    """PrimFunc y = cast((float32(B z) * z_scale) * output_scale), bit-identical to liftc/reference.py.
+    """PrimFunc with the results of tensorcore_sign.sign_matmul_tiled.
 
-    Arguments as sign_matmul_tiled of codegen/tensorcore_sign.py, but planes are int8 (KB, 16, 2 knobs.tokens, 16)
+    Arguments as there, but planes are int8 (KB, 16, 2 knobs.tokens, 16)
     (codegen/tensorcore_lift.py), and grid is a multiple of knobs.split with at least ceil(NB / knobs.block_rows)
     clusters.
     """
@@ -81,7 +81,7 @@ def sign_matmul_binary(symbol: str, knobs: BinaryKnobs) -> Any:
     @T.prim_func
     def function(
         tiles_arg: T.handle, planes_arg: T.handle, totals_arg: T.handle, z_scale_arg: T.handle, scale_arg: T.handle,
-        y_arg: T.handle, grid: T.int32, kind: T.int32,
+        bias_arg: T.handle, residual_arg: T.handle, y_arg: T.handle, grid: T.int32, kind: T.int32, adds: T.int32,
     ) -> None:  # fmt: skip
         T.func_attr({"tirx.noalias": True, "global_symbol": symbol})
         NB = T.int32()
@@ -90,11 +90,14 @@ def sign_matmul_binary(symbol: str, knobs: BinaryKnobs) -> Any:
         m = T.int32()
         P = T.int32()
         size = T.int32()
+        bias_size = T.int32()
         tiles = T.match_buffer(tiles_arg, (NB, KB, 32, 4), "int32", align=16)
         planes = T.match_buffer(planes_arg, (KB, 16, COLS, 16), "int8", align=16)
         totals = T.match_buffer(totals_arg, (P, m), "int32", align=4)
         z_scale = T.match_buffer(z_scale_arg, (m, 1), "float32", align=4)
         scale = T.match_buffer(scale_arg, (OC,), "float32", align=4)
+        bias = T.match_buffer(bias_arg, (bias_size,), "uint8", align=4)
+        residual = T.match_buffer(residual_arg, (size,), "uint8", align=4)
         y = T.match_buffer(y_arg, (size,), "uint8", align=4)
         T.device_entry()
         rank = T.cta_id_in_cluster([SPLIT])
@@ -121,6 +124,7 @@ def sign_matmul_binary(symbol: str, knobs: BinaryKnobs) -> Any:
         acc = T.alloc_local((FOURS * 32,), "uint32")
         a = T.alloc_local((DEPTH * 4,), "uint32")
         found = T.alloc_local((16,), "int32")
+        late = T.alloc_local((32,), "uint32")  # biases, residuals
 
         lane: T.let[T.int32] = tx % 32
         warp: T.int32 = T.cuda.func_call(
@@ -425,6 +429,8 @@ def sign_matmul_binary(symbol: str, knobs: BinaryKnobs) -> Any:
             for i in T.serial((rows - tx + WARPS * 32 - 1) // (WARPS * 32)):
                 if row0 * 16 + top + i * (WARPS * 32) + tx < OC:
                     row_scale[i * (WARPS * 32) + tx] = scale[row0 * 16 + top + i * (WARPS * 32) + tx]
+                    if adds % 2 > 0:
+                        call.touch(bias.ptr_to([0]), row0 * 16 + top + i * (WARPS * 32) + tx, kind)
             call.group_sync(1, WARPS * 32)
             if SPLIT > 1:
                 call.cluster_arrive()
@@ -448,8 +454,29 @@ def sign_matmul_binary(symbol: str, knobs: BinaryKnobs) -> Any:
             settle()
             if held >= 0:
                 flush()
-            call.group_sync(2, WARPS * 32 + 32)  # and the sums of z, which another warp adds up
             token: T.let[T.int32] = tx // STORERS  # whose sums this thread passes on and stores
+            fours: T.int32 = rows // 4  # of rows; the threads of a token have them in turn, four at a time
+            for j in T.unroll(32):
+                late[j] = T.uint32(0)
+
+            @T.inline
+            def bring(i):  # what is added to the results that this thread stores next
+                for j in T.unroll(4):
+                    late_row: T.int32 = ((i * 4 + j) * STORERS + tx % STORERS) * 4
+                    if late_row < rows and token < m:
+                        left_over: T.int32 = OC - (row0 * 16 + top + late_row)
+                        late_at: T.int64 = T.Cast("int64", row0 * 16 + top + late_row)
+                        if adds % 2 > 0:
+                            call.load_four(bias.ptr_to([0]), late_at, left_over, kind, late.ptr_to([j * 4]))
+                        if adds > 1:
+                            late_at = late_at + T.Cast("int64", token) * OC
+                            call.load_four(
+                                residual.ptr_to([0]), late_at, left_over, kind, late.ptr_to([16 + j * 4])
+                            )
+
+            if adds > 0:
+                bring(0)
+            call.group_sync(2, WARPS * 32 + 32)  # and the sums of z, which another warp adds up
             if SPLIT > 1:
                 call.cluster_await()  # long over: its sums are zero, or hold its own products
                 for other in T.unroll(SPLIT - 1):
@@ -461,8 +488,9 @@ def sign_matmul_binary(symbol: str, knobs: BinaryKnobs) -> Any:
                             of: T.int32 = token * SUMS + from_row + i * STORERS + tx % STORERS
                             call.add_to_peer(sums.ptr_to([of]), sums[of], peer, ready.ptr_to([0]))
                 call.barrier_await(ready.ptr_to([0]), 0)
-            fours: T.int32 = rows // 4  # of rows; the threads of a token have them in turn, four at a time
             for i in T.serial((fours - tx % STORERS + 4 * STORERS - 1) // (4 * STORERS)):
+                if adds > 0 and i > 0:
+                    bring(i)
                 for j in T.unroll(4):
                     if (i * 4 + j) * STORERS < fours and token < m:
                         four: T.int32 = T.min((i * 4 + j) * STORERS + tx % STORERS, fours - 1)
@@ -477,7 +505,8 @@ def sign_matmul_binary(symbol: str, knobs: BinaryKnobs) -> Any:
                             y.ptr_to([0]), T.Cast("int64", token) * OC + (row0 * 16 + top + row),
                             OC - (row0 * 16 + top + row), kind, found.ptr_to([j * 4]),
                             total[token], token_scale[token], row_scale.ptr_to([row]),
-                            source_code=group_device.STORE_FOUR,
+                            adds, late.ptr_to([j * 4]), late.ptr_to([16 + j * 4]),
+                            source_code=device.ADDENDS + group_device.STORE_FOUR,
                         )  # fmt: skip
         else:
             if knobs.helper_registers > 0:

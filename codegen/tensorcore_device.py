@@ -123,15 +123,60 @@ __device__ __forceinline__ void liftc_warp_max(void* highest, int value, int lan
 }
 """
 
-STORE_Y = r"""
+ADDENDS = r"""
+#ifndef LIFTC_ADDENDS
+#define LIFTC_ADDENDS
 #include <cuda_fp16.h>
 #include <cuda_bf16.h>
-__device__ __forceinline__ void liftc_store_y(void* y, long long at, int kind, int set,
-                                              int total, float token_scale, float scale) {
+__device__ __forceinline__ unsigned liftc_addend(const void* from, long long at, int kind) {
+  unsigned bits;
+  const char* place = static_cast<const char*>(from) + at * (kind == 0 ? 4 : 2);
+  if (kind == 0) {
+    asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(bits) : "l"(place) : "memory");
+  } else {
+    unsigned short half;
+    asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(half) : "l"(place) : "memory");
+    bits = half;
+  }
+  return bits;
+}
+__device__ __forceinline__ float liftc_plus(float value, unsigned bits, int kind) {
+  if (kind == 0) return __fadd_rn(value, __uint_as_float(bits));
+  const unsigned short half = static_cast<unsigned short>(bits);
+  if (kind == 1)
+    return __fadd_rn(__half2float(__float2half_rn(value)), __half2float(reinterpret_cast<const __half&>(half)));
+  return __fadd_rn(__bfloat162float(__float2bfloat16_rn(value)), __uint_as_float(bits << 16));
+}
+__device__ __forceinline__ float liftc_sum(float value, int adds, unsigned bias, unsigned residual, int kind) {
+  if (adds & 1) value = liftc_plus(value, bias, kind);
+  if (adds & 2) value = liftc_plus(value, residual, kind);
+  return value;
+}
+#endif
+"""
+"""A value that is added to a result, as it lies in memory in the type `kind` says; the sum of a result, a bias and a
+residual, of which `adds` says by bits 0 and 1 which there are, rounded to this type before each addition, as separate
+operations round."""
+
+STORE_Y = (
+    ADDENDS
+    + r"""
+__device__ __forceinline__ void liftc_store_y(void* y, long long at, int kind, int set, int total, float token_scale,
+                                              float scale, int adds, unsigned bias, unsigned residual) {
   const int sum = static_cast<int>(2u * static_cast<unsigned>(set) - static_cast<unsigned>(total));
-  const float value = __fmul_rn(__fmul_rn(__int2float_rn(sum), token_scale), scale);
+  const float product = __fmul_rn(__fmul_rn(__int2float_rn(sum), token_scale), scale);
+  const float value = liftc_sum(product, adds, bias, residual, kind);
   if (kind == 0) static_cast<float*>(y)[at] = value;
   else if (kind == 1) static_cast<__half*>(y)[at] = __float2half_rn(value);
   else static_cast<__nv_bfloat16*>(y)[at] = __float2bfloat16_rn(value);
 }
 """
+)
+"""A result from the sum of z over set bits and the sum of z, with what is added to it."""
+
+TOUCH = r"""
+__device__ __forceinline__ void liftc_touch(const void* from, long long at, int kind) {
+  asm volatile("prefetch.global.L2 [%0];" :: "l"(static_cast<const char*>(from) + at * (kind == 0 ? 4 : 2)));
+}
+"""
+"""Asks for an entry of a vector to be brought into L2."""

@@ -37,13 +37,7 @@ ROLLED = {"disable_unroll": True}
 
 
 def sign_matmul_popcount(symbol: str, knobs: PopcountKnobs) -> Any:
-    """PrimFunc y = cast((float32(B z) * z_scale) * output_scale), bit-identical to liftc/reference.py.
-
-    Operands as of codegen/tensorcore_sign.py: tiles int32 (NB, KB, 32, 4), planes int8 (KB, 4, 2 knobs.tokens, 64) for
-    at least m tokens, totals int32 (P, m), z_scale f32 (m, 1), output_scale f32 (OC,), y uint8 (bytes of m OC
-    results,), then grid, the number of blocks, at least ceil(NB / knobs.block_rows), and kind, 0 for float32, 1 for
-    float16, 2 for bfloat16. 16 NB >= OC.
-    """
+    """PrimFunc with the arguments and the results of tensorcore_sign.sign_matmul_tiled."""
     WARPS, RING, TOKENS = knobs.warps, knobs.ring, knobs.tokens
     COLS = 2 * TOKENS
     CHUNK = knobs.chunk_blocks
@@ -60,7 +54,7 @@ def sign_matmul_popcount(symbol: str, knobs: PopcountKnobs) -> Any:
     @T.prim_func
     def function(
         tiles_arg: T.handle, planes_arg: T.handle, totals_arg: T.handle, z_scale_arg: T.handle, scale_arg: T.handle,
-        y_arg: T.handle, grid: T.int32, kind: T.int32,
+        bias_arg: T.handle, residual_arg: T.handle, y_arg: T.handle, grid: T.int32, kind: T.int32, adds: T.int32,
     ) -> None:  # fmt: skip
         T.func_attr({"tirx.noalias": True, "global_symbol": symbol})
         NB = T.int32()
@@ -69,11 +63,14 @@ def sign_matmul_popcount(symbol: str, knobs: PopcountKnobs) -> Any:
         m = T.int32()
         P = T.int32()
         size = T.int32()
+        bias_size = T.int32()
         tiles = T.match_buffer(tiles_arg, (NB, KB, 32, 4), "int32", align=16)
         planes = T.match_buffer(planes_arg, (KB, 4, COLS, 64), "int8", align=16)
         totals = T.match_buffer(totals_arg, (P, m), "int32", align=4)
         z_scale = T.match_buffer(z_scale_arg, (m, 1), "float32", align=4)
         scale = T.match_buffer(scale_arg, (OC,), "float32", align=4)
+        bias = T.match_buffer(bias_arg, (bias_size,), "uint8", align=4)
+        residual = T.match_buffer(residual_arg, (size,), "uint8", align=4)
         y = T.match_buffer(y_arg, (size,), "uint8", align=4)
         T.device_entry()
         bx = T.cta_id([grid])
@@ -93,6 +90,7 @@ def sign_matmul_popcount(symbol: str, knobs: PopcountKnobs) -> Any:
         raw = T.alloc_local((16,), "uint32")
         row_scale = T.alloc_local((MINE,), "float32")
         parts = T.alloc_local((4,), "int32")
+        late = T.alloc_local((MINE * (TOKENS + 1),), "uint32")
 
         lane: T.let[T.int32] = tx % 32
         warp: T.let[T.int32] = tx // 32
@@ -182,6 +180,11 @@ def sign_matmul_popcount(symbol: str, knobs: PopcountKnobs) -> Any:
             row_scale[i] = T.float32(0)
             if row0 * 16 + i * THREADS + tx < OC:
                 row_scale[i] = scale[row0 * 16 + i * THREADS + tx]
+                if adds % 2 > 0:
+                    T.cuda.func_call(
+                        "liftc_touch", bias.ptr_to([0]), T.Cast("int64", row0 * 16 + i * THREADS + tx), kind,
+                        source_code=device.TOUCH,
+                    )  # fmt: skip
         for i in T.serial((TOKENS * SUMS - tx + THREADS - 1) // THREADS, annotations=ROLLED):
             sums[i * THREADS + tx] = 0
 
@@ -299,6 +302,25 @@ def sign_matmul_popcount(symbol: str, knobs: PopcountKnobs) -> Any:
                 convert(T.min(chunk, KB - (c + 1) * chunk))
                 share(T.min(chunk, KB - (c + 1) * chunk))
                 T.cuda.cta_sync()
+        for i in T.unroll(MINE * (TOKENS + 1)):
+            late[i] = T.uint32(0)
+        if adds > 0:  # they arrive while other warps finish
+            for i in T.unroll(MINE):
+                added: T.let[T.int32] = i * THREADS + tx
+                if added < blocks * 16 and row0 * 16 + added < OC:
+                    if adds % 2 > 0:
+                        late[i] = T.cuda.func_call(
+                            "liftc_addend", bias.ptr_to([0]), T.Cast("int64", row0 * 16 + added), kind,
+                            source_code=device.ADDENDS, return_type="uint32",
+                        )  # fmt: skip
+                    if adds > 1:
+                        for token in T.unroll(TOKENS):
+                            if token < m:
+                                late[MINE + token * MINE + i] = T.cuda.func_call(
+                                    "liftc_addend", residual.ptr_to([0]),
+                                    T.Cast("int64", token) * OC + (row0 * 16 + added), kind,
+                                    source_code=device.ADDENDS, return_type="uint32",
+                                )  # fmt: skip
         T.cuda.cta_sync()
         for i in T.unroll(MINE):
             row_of: T.let[T.int32] = i * THREADS + tx
@@ -309,6 +331,7 @@ def sign_matmul_popcount(symbol: str, knobs: PopcountKnobs) -> Any:
                             "liftc_store_y",
                             y.ptr_to([0]), T.Cast("int64", token) * OC + (row0 * 16 + row_of), kind,
                             sums[token * SUMS + row_of], total[token], token_scale[token], row_scale[i],
+                            adds, late[i], late[MINE + token * MINE + i],
                             source_code=device.STORE_Y,
                         )  # fmt: skip
 

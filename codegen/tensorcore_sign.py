@@ -31,13 +31,15 @@ TILE_BYTES = 512
 
 
 def sign_matmul_tiled(symbol: str, knobs: TensorCoreKnobs) -> Any:
-    """PrimFunc y = cast((float32(B z) * z_scale) * output_scale), bit-identical to liftc/reference.py.
+    """PrimFunc y = cast((float32(B z) * z_scale) * output_scale) (+ bias) (+ residual), as liftc/reference.py has it.
 
     tiles int32 (NB, KB, 32, 4) in the layout of codegen/tir_tiles.py, planes int8 (KB, 4, 2 knobs.tokens, 64) of
     codegen/tensorcore_lift.py for at least m tokens, totals int32 (P, m) whose columns add up to the sums of z,
-    z_scale f32 (m, 1), output_scale f32 (OC,), y uint8 (bytes of m OC results,), then two integers: grid, the
-    number of blocks, at least ceil(NB / knobs.block_rows), and kind, 0 for float32, 1 for float16, 2 for bfloat16.
-    16 NB >= OC.
+    z_scale f32 (m, 1), output_scale f32 (OC,), bias uint8 (bytes of OC values,), residual and y uint8 (bytes of m OC
+    values,), then three integers: grid, the number of blocks, at least ceil(NB / knobs.block_rows); kind of bias,
+    residual and y, 0 for float32, 1 for float16, 2 for bfloat16; adds, 1 where the bias is added, 2 the residual, 3
+    both, each addition rounded to this type. One that is not added is not read. 16 NB >= OC. Results are the same bits
+    whatever the knobs and the grid.
     """
     WARPS, RING, PAIR, SETS = knobs.warps, knobs.ring, knobs.row_blocks, knobs.sets
     COLS = 2 * knobs.tokens
@@ -55,7 +57,7 @@ def sign_matmul_tiled(symbol: str, knobs: TensorCoreKnobs) -> Any:
     @T.prim_func
     def function(
         tiles_arg: T.handle, planes_arg: T.handle, totals_arg: T.handle, z_scale_arg: T.handle, scale_arg: T.handle,
-        y_arg: T.handle, grid: T.int32, kind: T.int32,
+        bias_arg: T.handle, residual_arg: T.handle, y_arg: T.handle, grid: T.int32, kind: T.int32, adds: T.int32,
     ) -> None:  # fmt: skip
         T.func_attr({"tirx.noalias": True, "global_symbol": symbol})
         NB = T.int32()
@@ -64,11 +66,14 @@ def sign_matmul_tiled(symbol: str, knobs: TensorCoreKnobs) -> Any:
         m = T.int32()
         P = T.int32()
         size = T.int32()
+        bias_size = T.int32()
         tiles = T.match_buffer(tiles_arg, (NB, KB, 32, 4), "int32", align=16)
         planes = T.match_buffer(planes_arg, (KB, 4, COLS, 64), "int8", align=16)
         totals = T.match_buffer(totals_arg, (P, m), "int32", align=4)
         z_scale = T.match_buffer(z_scale_arg, (m, 1), "float32", align=4)
         scale = T.match_buffer(scale_arg, (OC,), "float32", align=4)
+        bias = T.match_buffer(bias_arg, (bias_size,), "uint8", align=4)
+        residual = T.match_buffer(residual_arg, (size,), "uint8", align=4)
         y = T.match_buffer(y_arg, (size,), "uint8", align=4)
         T.device_entry()
         bx = T.cta_id([grid])
@@ -85,6 +90,7 @@ def sign_matmul_tiled(symbol: str, knobs: TensorCoreKnobs) -> Any:
         acc = T.alloc_local((PAIR * NT * SETS * 4,), "uint32")
         w = T.alloc_local((PAIR * 4,), "uint32")
         b = T.alloc_local((16,), "uint32")
+        late = T.alloc_local((5,), "uint32")
 
         lane: T.let[T.int32] = tx % 32
         warp: T.let[T.int32] = tx // 32
@@ -172,6 +178,11 @@ def sign_matmul_tiled(symbol: str, knobs: TensorCoreKnobs) -> Any:
         for i in T.serial((blocks * 16 - tx + THREADS - 1) // THREADS):
             if row0 * 16 + i * THREADS + tx < OC:
                 row_scale[i * THREADS + tx] = scale[row0 * 16 + i * THREADS + tx]
+                if adds % 2 > 0:
+                    T.cuda.func_call(
+                        "liftc_touch", bias.ptr_to([0]), T.Cast("int64", row0 * 16 + i * THREADS + tx), kind,
+                        source_code=device.TOUCH,
+                    )  # fmt: skip
         if tx < knobs.tokens:
             total[tx] = 0
         if tx < BUFFERS:
@@ -299,16 +310,34 @@ def sign_matmul_tiled(symbol: str, knobs: TensorCoreKnobs) -> Any:
                 T.cuda.cta_sync()
                 fetch(c + BUFFERS, c % BUFFERS)
         T.cuda.cta_sync()
-        for token in T.serial(m):
-            for i in T.serial((blocks * 16 - tx + THREADS - 1) // THREADS):
-                row: T.let[T.int32] = i * THREADS + tx
-                if row0 * 16 + row < OC:
-                    T.cuda.func_call(
-                        "liftc_store_y",
-                        y.ptr_to([0]), T.Cast("int64", token) * OC + (row0 * 16 + row), kind,
-                        sums[token * SUMS + row], total[token], token_scale[token], row_scale[row],
-                        source_code=device.STORE_Y,
+        for i in T.serial((blocks * 16 - tx + THREADS - 1) // THREADS):
+            row: T.let[T.int32] = i * THREADS + tx
+            if row0 * 16 + row < OC:
+                for q in T.unroll(5):
+                    late[q] = T.uint32(0)
+                if adds % 2 > 0:
+                    late[4] = T.cuda.func_call(
+                        "liftc_addend", bias.ptr_to([0]), T.Cast("int64", row0 * 16 + row), kind,
+                        source_code=device.ADDENDS, return_type="uint32",
                     )  # fmt: skip
+                for four in T.serial((m + 3) // 4):
+                    if adds > 1:  # all before the first is used
+                        for q in T.unroll(4):
+                            if four * 4 + q < m:
+                                late[q] = T.cuda.func_call(
+                                    "liftc_addend", residual.ptr_to([0]),
+                                    T.Cast("int64", four * 4 + q) * OC + (row0 * 16 + row), kind,
+                                    source_code=device.ADDENDS, return_type="uint32",
+                                )  # fmt: skip
+                    for q in T.unroll(4):
+                        if four * 4 + q < m:
+                            token: T.let[T.int32] = four * 4 + q
+                            T.cuda.func_call(
+                                "liftc_store_y",
+                                y.ptr_to([0]), T.Cast("int64", token) * OC + (row0 * 16 + row), kind,
+                                sums[token * SUMS + row], total[token], token_scale[token], row_scale[row],
+                                adds, late[4], late[q], source_code=device.STORE_Y,
+                            )  # fmt: skip
 
     if knobs.dependent_launch:
         function = function.with_attr("tirx.kernel_launch_params", ["tirx.use_programtic_dependent_launch"])

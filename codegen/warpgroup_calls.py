@@ -112,3 +112,14 @@ def dependent_wait() -> Any:
 def launch_registers(count: int) -> Any:
     """Say how many registers each thread has at launch (build_cuda.registers_at_launch)."""
     return T.cuda.func_call("liftc_launch_registers", count, source_code=group_device.LAUNCH_REGISTERS)
+
+
+def touch(base: Any, at: Any, kind: Any) -> Any:
+    """Ask for an entry of a vector to be brought into L2."""
+    return T.cuda.func_call("liftc_touch", base, at, kind, source_code=device.TOUCH)
+
+
+def load_four(base: Any, at: Any, count: Any, kind: Any, out: Any) -> Any:
+    """Up to four values that are added to results into zeroed words."""
+    source = device.ADDENDS + group_device.LOAD_FOUR
+    return T.cuda.func_call("liftc_load_four", base, at, count, kind, out, source_code=source)

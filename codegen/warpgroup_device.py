@@ -145,9 +145,26 @@ __device__ __forceinline__ void liftc_bits_of_bytes(void* at, int apart) {
 """Eight vectors of 16 bytes, `apart` vectors from each other, become vectors of bits where they lie: bit j of byte b of
 vector p is what bit p of byte b of vector j was."""
 
+LOAD_FOUR = r"""
+__device__ __forceinline__ void liftc_load_four(const void* from, long long at, int count, int kind, void* out) {
+  unsigned* w = static_cast<unsigned*>(out);
+  const char* place = static_cast<const char*>(from) + at * (kind == 0 ? 4 : 2);
+  if (kind != 0 && count >= 4 && reinterpret_cast<unsigned long long>(place) % 8 == 0) {
+    asm volatile("ld.global.cg.v2.u32 {%0,%1}, [%2];" : "=r"(w[0]), "=r"(w[1]) : "l"(place) : "memory");
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    if (i < count) {
+      const unsigned bits = liftc_addend(from, at + i, kind);
+      if (kind == 0) w[i] = bits;
+      else w[i / 2] |= bits << (i % 2 * 16);
+    }
+}
+"""
+"""Up to four values that are added to results, as they lie in memory, into zeroed words."""
+
 STORE_FOUR = r"""
-#include <cuda_fp16.h>
-#include <cuda_bf16.h>
 __device__ __forceinline__ unsigned liftc_pair(float a, float b, int kind) {
   if (kind == 1) {
     const __half2 both = __floats2half2_rn(a, b);
@@ -157,15 +174,20 @@ __device__ __forceinline__ unsigned liftc_pair(float a, float b, int kind) {
   return reinterpret_cast<const unsigned&>(both);
 }
 __device__ __forceinline__ void liftc_store_four(void* y, long long at, int count, int kind, const void* sets,
-                                                 int total, float token_scale, const void* scales) {
+                                                 int total, float token_scale, const void* scales, int adds,
+                                                 const void* biases, const void* residuals) {
   const float4 scale = *static_cast<const float4*>(scales);
   const float by[4] = {scale.x, scale.y, scale.z, scale.w};
+  const unsigned* bias = static_cast<const unsigned*>(biases);
+  const unsigned* residual = static_cast<const unsigned*>(residuals);
   float v[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const unsigned set = static_cast<const unsigned*>(sets)[i];
     const int sum = static_cast<int>(2u * set - static_cast<unsigned>(total));
     v[i] = __fmul_rn(__fmul_rn(__int2float_rn(sum), token_scale), by[i]);
+    if (kind == 0) v[i] = liftc_sum(v[i], adds, bias[i], residual[i], kind);
+    else v[i] = liftc_sum(v[i], adds, bias[i / 2] >> (i % 2 * 16), residual[i / 2] >> (i % 2 * 16), kind);
   }
   char* to = static_cast<char*>(y) + at * (kind == 0 ? 4 : 2);
   if (kind != 0 && count >= 4 && reinterpret_cast<unsigned long long>(to) % 8 == 0) {
@@ -181,7 +203,8 @@ __device__ __forceinline__ void liftc_store_four(void* y, long long at, int coun
     }
 }
 """
-"""Results of up to four rows of a token, in the type `kind` says, 8 bytes at a time where they lie so."""
+"""Results of up to four rows of a token, with what is added to them, in the type `kind` says, 8 bytes at a time where
+they lie so."""
 
 LAUNCH_REGISTERS = r"""
 #define liftc_launch_registers(count)

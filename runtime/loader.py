@@ -15,6 +15,7 @@ from liftc.checkpoint import SafetensorsCheckpoint
 from liftc.errors import ArtifactError, LiftcError, TargetError
 from liftc.graphjson import graph_from_json
 from liftc.packing import packed_rows
+from liftc.runtime.fused_adds import fuse_adds
 from liftc.runtime.fused_lifts import fuse
 from liftc.runtime.kernels import load_kernels
 from liftc.runtime.module import CausalLM, GraphModel
@@ -121,7 +122,8 @@ def _tile_signs(graphs: dict[str, Graph], tensors: dict[str, torch.Tensor], tile
 def _pass_operands(graphs: dict[str, Graph], tensors: dict[str, torch.Tensor], ops: Ops) -> None:
     """Let every lift whose z goes to tiled products only hand it over as operand bytes, without int16.
 
-    Unless LIFTC_FUSED_LIFTS is 0, such a lift also takes the input of the norm or the gate before it.
+    Such a product adds the bias and the residual behind it. Unless LIFTC_FUSED_LIFTS is 0, such a lift also takes the
+    input of the norm or the gate before it.
     """
     for graph in graphs.values():
         for node in graph.nodes:
@@ -133,6 +135,7 @@ def _pass_operands(graphs: dict[str, Graph], tensors: dict[str, torch.Tensor], o
                 node.target = ops.lift_operands
                 for product in products:
                     product.target = ops.tiles.sign_matmul
+        fuse_adds(graph, tensors, ops.tiles)
         if env.fused_lifts():
             fuse(graph, ops)
 

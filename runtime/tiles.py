@@ -126,31 +126,38 @@ class TiledSigns:
             )
 
     def sign_matmul(
-        self, z: Tensor | Planes, z_scale: Tensor, tiles: Tensor, output_scale: Tensor, dtype: torch.dtype
-    ) -> Tensor:
+        self, z: Tensor | Planes, z_scale: Tensor, tiles: Tensor, output_scale: Tensor, dtype: torch.dtype,
+        bias: Tensor | None = None, residual: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """z int16 (..., K) or Planes, z_scale f32 (..., 1), output_scale f32 (OC,) -> `dtype` (..., OC).
 
-        Raises LiftcError.
+        bias (OC,) and then residual (..., OC), both of `dtype`, are added in the kernel; each sum is rounded. Raises
+        LiftcError.
         """
         if not isinstance(z, Planes):
-            return self._in_groups(z, z_scale, tiles, output_scale, dtype)
+            return self._in_groups(z, z_scale, tiles, output_scale, dtype, bias, residual)
         rows, tokens = output_scale.numel(), z.tokens
+        if not (bias is residual is None):
+            bias, residual = _addends((bias, residual), ((rows,), (*z.lead, rows)), dtype, tiles.device)
         self.check(tiles, rows, z.columns)
         size = dtype.itemsize
         y = torch.empty(tokens * rows * size, dtype=torch.uint8, device=tiles.device)
         spec, function = next(entry for entry in self._multiply if entry[0].accepts(tokens, 0, 0))
         blocks, clusters = tiles.shape[0], self._processors_of(tiles.device) // spec.cluster_blocks
         grid = spec.cluster_blocks * min(blocks, clusters * -(-blocks // (clusters * spec.block_rows)))
-        operands = (tiles, z.data, z.totals, z_scale.reshape(tokens, 1), output_scale.contiguous(), y)
+        operands = (tiles, z.data, z.totals, z_scale.reshape(tokens, 1), output_scale.contiguous())
+        added = [y if t is None else t for t in (bias, residual)]
+        adds = (bias is not None) + 2 * (residual is not None)
         try:
-            function(*operands, grid, _KINDS[dtype])
+            function(*operands, *added, y, grid, _KINDS[dtype], adds)
         except _REFUSALS as error:
             raise _mistake(z.data, z_scale, tiles, output_scale, dtype, _line(error)) from None
         return y.view(dtype).view(*z.lead, rows)
 
     def _in_groups(
-        self, z: Tensor, z_scale: Tensor, tiles: Tensor, output_scale: Tensor, dtype: torch.dtype
-    ) -> Tensor:
+        self, z: Tensor, z_scale: Tensor, tiles: Tensor, output_scale: Tensor, dtype: torch.dtype,
+        bias: Tensor | None, residual: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         lead, columns = z.shape[:-1], z.shape[-1] if z.dim() else 0
         tokens = z.numel() // columns if columns else 0
         if (
@@ -163,16 +170,21 @@ class TiledSigns:
         if not self.available:
             raise LiftcError("liftc.sign_matmul: these kernels have no tensor-core form for this device")
         z, z_scale = z.reshape(tokens, columns), z_scale.reshape(tokens, 1)
-        most = self.planes.most_tokens
+        most, shape = self.planes.most_tokens, (*lead, output_scale.shape[0])
+        if residual is not None:
+            if residual.shape != shape:
+                raise _addend_mistake("residual", residual, shape, dtype, tiles.device)
+            residual = residual.reshape(tokens, -1)
         parts = [
             self.sign_matmul(
-                self.planes.split(z[i : i + most]), z_scale[i : i + most], tiles, output_scale, dtype
+                self.planes.split(z[i : i + most]), z_scale[i : i + most], tiles, output_scale, dtype, bias,
+                None if residual is None else residual[i : i + most],
             )
             for i in range(0, tokens, most)
-        ]
+        ]  # fmt: skip
         if not parts:
-            return torch.empty(*lead, output_scale.shape[0], dtype=dtype, device=z.device)
-        return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(*lead, output_scale.shape[0])
+            return torch.empty(shape, dtype=dtype, device=z.device)
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(shape)
 
     def _processors_of(self, device: torch.device) -> int:
         count = self._processors.get(device)
@@ -192,6 +204,33 @@ def _runs(blocks: int, row_blocks: int, lifted: int, grid: int) -> int:
         return -(-work // grid) * min(grid, work) / work * (1 + 0.02 * (runs - fewest))
 
     return min(choices, key=cost)
+
+
+def _addends(
+    given: tuple[Tensor | None, ...],
+    shapes: tuple[tuple[int, ...], ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> list[Tensor | None]:
+    """Bias and residual as the bytes that the kernels read, after a check of what these do not see."""
+    result: list[Tensor | None] = []
+    for name, value, shape in zip(("bias", "residual"), given, shapes, strict=True):
+        if value is not None:
+            if value.shape != shape or value.dtype != dtype or value.device != device:
+                raise _addend_mistake(name, value, shape, dtype, device)
+            value = value.contiguous()
+            if value.data_ptr() % 4:
+                value = value.clone()
+            value = value.view(-1).view(torch.uint8)
+        result.append(value)
+    return result
+
+
+def _addend_mistake(
+    name: str, value: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> LiftcError:
+    need = f"{DTYPE_NAMES.get(dtype, dtype)}[{','.join(map(str, shape))}] on {device}"
+    return LiftcError(f"liftc.sign_matmul: {name} is {_text(value)}; need {need}")
 
 
 def _text(value: Tensor) -> str:

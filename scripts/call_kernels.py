@@ -106,8 +106,13 @@ def products(ops: Ops, most: int, dtype: torch.dtype) -> Iterator[Check]:
             signs = packed.to(GPU)
             if ops.tiles.available:
                 signs = ops.tiles.from_packed(signs, rows)
-            got = ops.sign_matmul(z.to(GPU), step.to(GPU), signs, scale.to(GPU), dtype)
-            yield f"{rows} x {columns}, {tokens} tokens, {dtype}", torch.equal(got.cpu(), want)
+            operands = (z.to(GPU), step.to(GPU), signs, scale.to(GPU), dtype)
+            what = f"{rows} x {columns}, {tokens} tokens, {dtype}"
+            yield what, torch.equal(ops.sign_matmul(*operands).cpu(), want)
+            if ops.tiles.available:
+                bias, residual = random(rows, seed=1).to(dtype), random(tokens, rows, seed=2).to(dtype)
+                got = ops.tiles.sign_matmul(*operands, bias.to(GPU), residual.to(GPU))
+                yield f"{what}, bias and residual", torch.equal(got.cpu(), want + bias + residual)
 
 
 def lifts(ops: Ops, function: KernelFunction, most: int, dtype: torch.dtype) -> Iterator[Check]:

@@ -18,33 +18,11 @@ inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, int shift) {
 inline uint32_t __funnelshift_l(uint32_t low, uint32_t high, int shift) {
   return uint32_t(((uint64_t(high) << 32) | low) << (shift & 31) >> 32);
 }
-inline float half_value(uint32_t bits) {
-  uint16_t one = uint16_t(bits);
-  _Float16 value;
-  std::memcpy(&value, &one, 2);
-  return float(value);
-}
-inline uint32_t half_bits(float value) {
-  _Float16 rounded = _Float16(value);
-  uint16_t bits;
-  std::memcpy(&bits, &rounded, 2);
-  return bits;
-}
-inline uint32_t bfloat_bits(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-}
 inline unsigned liftc_pack_f16(float low, float high) { return half_bits(low) | half_bits(high) << 16; }
 inline unsigned liftc_two_f16(float low, float high) { return half_bits(low) | half_bits(high) << 16; }
 inline unsigned liftc_two_bf16(float low, float high) { return bfloat_bits(low) | bfloat_bits(high) << 16; }
 inline float liftc_low_f16(uint32_t w) { return half_value(w); }
 inline float liftc_high_f16(uint32_t w) { return half_value(w >> 16); }
-inline float bfloat_value(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
 inline float liftc_low_bf16(uint32_t w) { return bfloat_value(w << 16); }
 inline float liftc_high_bf16(uint32_t w) { return bfloat_value(w & 0xffff0000u); }
 inline int __float_as_int(float value) {

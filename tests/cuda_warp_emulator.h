@@ -180,7 +180,46 @@ inline void liftc_load_z(const void* row, int column, int columns, void* out) {
     }
 }
 inline int liftc_load_word(const void* at) { return *static_cast<const int*>(at); }
-inline void liftc_store_y(void* y, long long at, int, int set, int total, float token_scale, float scale) {
+inline float half_value(uint32_t bits) {
+  uint16_t one = uint16_t(bits);
+  _Float16 value;
+  std::memcpy(&value, &one, 2);
+  return float(value);
+}
+inline uint32_t half_bits(float value) {
+  _Float16 rounded = _Float16(value);
+  uint16_t bits;
+  std::memcpy(&bits, &rounded, 2);
+  return bits;
+}
+inline uint32_t bfloat_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+inline float bfloat_value(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+inline void liftc_touch(const void*, long long, int) {}
+inline uint32_t liftc_addend(const void* from, long long at, int kind) {
+  return kind == 0 ? static_cast<const uint32_t*>(from)[at] : static_cast<const uint16_t*>(from)[at];
+}
+inline uint32_t bits_of(float value, int kind) {  // kind 0 for float32, 1 for float16, 2 for bfloat16
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return kind == 0 ? bits : kind == 1 ? half_bits(value) : bfloat_bits(value);
+}
+inline float value_of(uint32_t bits, int kind) {
+  return kind == 1 ? half_value(bits) : bfloat_value(kind == 0 ? bits : bits << 16);
+}
+inline void liftc_store_y(void* y, long long at, int kind, int set, int total, float token_scale, float scale, int adds,
+                          uint32_t bias, uint32_t residual) {
   float sum = float(int(2u * uint32_t(set) - uint32_t(total)));
-  static_cast<float*>(y)[at] = (sum * token_scale) * scale;
+  uint32_t bits = bits_of((sum * token_scale) * scale, kind);
+  if (adds & 1) bits = bits_of(value_of(bits, kind) + value_of(bias, kind), kind);
+  if (adds & 2) bits = bits_of(value_of(bits, kind) + value_of(residual, kind), kind);
+  if (kind == 0) static_cast<uint32_t*>(y)[at] = bits;
+  else static_cast<uint16_t*>(y)[at] = uint16_t(bits);
 }

@@ -90,10 +90,17 @@ inline void liftc_add_to_peer(void* at, int value, int rank, void* barrier) {
   *to += uint32_t(value);
   bulk::arrived(peer + (static_cast<uchar*>(barrier) - pool_buf_ptr), 4);
 }
-inline void liftc_store_four(void* y, long long at, int count, int kind, const void* sets, int total, float token_scale,
-                             const void* scales) {
+inline void liftc_load_four(const void* from, long long at, int count, int kind, void* out) {
   for (int i = 0; i < std::min(count, 4); ++i)
-    liftc_store_y(y, at + i, kind, static_cast<const int*>(sets)[i], total, token_scale, static_cast<const float*>(scales)[i]);
+    if (kind == 0) static_cast<uint32_t*>(out)[i] = liftc_addend(from, at + i, kind);
+    else static_cast<uint16_t*>(out)[i] = uint16_t(liftc_addend(from, at + i, kind));
+}
+inline void liftc_store_four(void* y, long long at, int count, int kind, const void* sets, int total, float token_scale,
+                             const void* scales, int adds, const void* bias, const void* residual) {
+  for (int i = 0; i < std::min(count, 4); ++i)
+    liftc_store_y(y, at + i, kind, static_cast<const int*>(sets)[i], total, token_scale,
+                  static_cast<const float*>(scales)[i], adds, liftc_addend(bias, i, kind),
+                  liftc_addend(residual, i, kind));
 }
 inline block::Meeting& team_meeting(int barrier, int threads) {
   block::Meeting& meeting = group::teams[block::current / block::block_threads * 16 + barrier];

@@ -9,10 +9,10 @@ import functools
 
 import pytest
 import torch
+from added_results import CASES, check, outputs
 from emulated_kernels import Emulated
 from operand_layouts import planes_of, tile_layout
 
-from liftc import reference
 from liftc.packing import pack_signs
 from liftc.spec import Z_MAX
 
@@ -48,6 +48,7 @@ def emulated(compiled: Emulated, request: pytest.FixtureRequest) -> Emulated:
     return compiled.landing(request.param)
 
 
+@pytest.mark.parametrize("adds, dtype", CASES)
 @pytest.mark.parametrize(
     "name, tokens, rows, columns, grid, extreme",
     [
@@ -58,7 +59,15 @@ def emulated(compiled: Emulated, request: pytest.FixtureRequest) -> Emulated:
     ],
 )  # fmt: skip
 def test_sign_matmul_is_bit_identical(
-    emulated: Emulated, name: str, tokens: int, rows: int, columns: int, grid: int, extreme: bool
+    emulated: Emulated,
+    name: str,
+    tokens: int,
+    rows: int,
+    columns: int,
+    grid: int,
+    extreme: bool,
+    adds: int,
+    dtype: torch.dtype,
 ) -> None:
     g = torch.Generator().manual_seed(rows + columns)
     z = torch.randint(-Z_MAX, Z_MAX + 1, (tokens, columns), generator=g).to(torch.int16)
@@ -68,17 +77,16 @@ def test_sign_matmul_is_bit_identical(
         signs[1:] = 1
         signs[2::2, ::2] = -1
     packed = pack_signs(signs)
-    z_scale, scale = torch.rand(tokens, 1, generator=g), torch.rand(rows, generator=g)
+    z_scale, scale = torch.rand(tokens, 1, generator=g) * 1e-3, torch.rand(rows, generator=g)
     tiles = tile_layout(packed)[: -(-rows // 16)].contiguous()
     knobs = KNOBS[name]
     planes = planes_of(z, 2 * knobs.tokens)
     parts = torch.randint(-(2**31), 2**31, (33, tokens), generator=g).to(torch.int32)
     totals = torch.cat([z.sum(1, dtype=torch.int32)[None] - parts.sum(0, dtype=torch.int32), parts])
-    y = torch.full((tokens + 1, rows), 7.0)  # one row more, which must stay as it is
+    given = outputs(tokens, rows, adds, dtype)
     emulated(
         f"sign_matmul_popcount_{name}_{knobs.tokens}", grid, knobs.warps * 32, (tiles, planes),
-        tiles=tiles, planes=planes, totals=totals, z_scale=z_scale, scale=scale, y=y, NB=tiles.shape[0],
-        KB=tiles.shape[1], OC=rows, m=tokens, grid=grid, kind=0, P=totals.shape[0],
+        tiles=tiles, planes=planes, totals=totals, z_scale=z_scale, scale=scale, **given, NB=tiles.shape[0],
+        KB=tiles.shape[1], OC=rows, m=tokens, grid=grid, P=totals.shape[0],
     )  # fmt: skip
-    assert torch.equal(y[:-1], reference.sign_matmul(z, z_scale, packed, scale, torch.float32))
-    assert (y[-1] == 7.0).all()
+    check(given, z, z_scale, packed, scale)

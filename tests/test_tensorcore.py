@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from added_results import CASES, check, outputs
 from emulated_kernels import Emulated
 from operand_layouts import group_planes, tile_layout, z_of
 
-from liftc import reference
 from liftc.errors import BuildError
 from liftc.kernel_object import KernelFunction
 from liftc.packing import pack_signs
@@ -78,6 +78,7 @@ def emulated(compiled: Emulated, request: pytest.FixtureRequest) -> Emulated:
     return compiled.landing(request.param)
 
 
+@pytest.mark.parametrize("adds, dtype", CASES)
 @pytest.mark.parametrize(
     "name, tokens, rows, columns, grid",
     [
@@ -88,12 +89,19 @@ def emulated(compiled: Emulated, request: pytest.FixtureRequest) -> Emulated:
     ],
 )  # fmt: skip
 def test_sign_matmul_is_bit_identical(
-    emulated: Emulated, name: str, tokens: int, rows: int, columns: int, grid: int
+    emulated: Emulated,
+    name: str,
+    tokens: int,
+    rows: int,
+    columns: int,
+    grid: int,
+    adds: int,
+    dtype: torch.dtype,
 ) -> None:
     g = torch.Generator().manual_seed(rows + columns)
     z = torch.randint(-Z_MAX, Z_MAX + 1, (tokens, columns), generator=g).to(torch.int16)
     packed = pack_signs(torch.randn(rows, columns, generator=g))
-    z_scale, scale = torch.rand(tokens, 1, generator=g), torch.rand(rows, generator=g)
+    z_scale, scale = torch.rand(tokens, 1, generator=g) * 1e-3, torch.rand(rows, generator=g)
     tiles = tile_layout(packed)[: -(-rows // 16)].contiguous()
     knobs = KNOBS[name]
     planes, totals = split_z(emulated, z, 2 * knobs.tokens)
@@ -103,15 +111,14 @@ def test_sign_matmul_is_bit_identical(
     if grid > 1:  # a lift hands over one row of parts for each of its blocks
         extra = torch.randint(-(2**31), 2**31, (33, tokens), generator=g).to(torch.int32)
         totals = torch.cat([totals - extra.sum(0, dtype=torch.int32), extra])
-    y = torch.full((tokens + 1, rows), 7.0)  # one row more, which must stay as it is
+    given = outputs(tokens, rows, adds, dtype)
     emulated(
         f"sign_matmul_tiled_{name}_{knobs.tokens}", grid, knobs.warps * 32, (tiles, planes),
-        tiles=tiles, planes=planes, totals=totals, z_scale=z_scale, scale=scale, y=y, NB=tiles.shape[0],
-        KB=tiles.shape[1], OC=rows, m=tokens, grid=grid, kind=0,
+        tiles=tiles, planes=planes, totals=totals, z_scale=z_scale, scale=scale, **given, NB=tiles.shape[0],
+        KB=tiles.shape[1], OC=rows, m=tokens, grid=grid,
         P=totals.shape[0],
     )  # fmt: skip
-    assert torch.equal(y[:-1], reference.sign_matmul(z, z_scale, packed, scale, torch.float32))
-    assert (y[-1] == 7.0).all()
+    check(given, z, z_scale, packed, scale)
 
 
 @pytest.mark.parametrize("tokens, columns", [(1, 700), (3, 5), (8, 1032)])

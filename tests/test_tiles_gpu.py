@@ -74,6 +74,43 @@ def test_sign_matmul_is_bit_identical(ops: Ops, rows: int, columns: int, dtype: 
         assert torch.equal(ir.sign_matmul(z, z_scale, tiles, scale, dtype), got)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows, columns", [(576, 1386), (33, 700), (1, 1), (4099, 154)])
+def test_bias_and_residual_are_added_as_separate_operations_do(
+    ops: Ops, rows: int, columns: int, dtype: torch.dtype
+) -> None:
+    for lead in ((0,), (1,), (1, 2), (7,), (2, 8), (20,)):
+        z, z_scale, packed, scale = sign_operands(lead, rows, columns)
+        tiles = ops.tiles.from_packed(packed, rows)
+        want = reference.sign_matmul(z, z_scale, packed, scale, dtype)
+        spread = float(want.float().abs().mean()) if want.numel() else 1.0
+        g = torch.Generator().manual_seed(rows)
+        bias = (torch.randn(rows, generator=g) * spread).to("cuda", dtype)
+        wide = (torch.randn(*lead, 2 * rows, generator=g) * spread).to("cuda", dtype)
+        for residual in (wide[..., rows:].contiguous(), wide[..., :rows], wide[..., 1 : rows + 1]):
+            for given in ((bias, None), (None, residual), (bias, residual)):
+                total = want if given[0] is None else want + bias
+                total = total if given[1] is None else total + residual
+                got = ops.tiles.sign_matmul(z, z_scale, tiles, scale, dtype, *given)
+                assert torch.equal(got, total), lead
+
+
+def test_addends_that_do_not_fit_are_refused(ops: Ops) -> None:
+    z, z_scale, packed, scale = sign_operands((2,), 70, 600)
+    tiles = ops.tiles.from_packed(packed, 70)
+    good, bias = torch.zeros(2, 70, device="cuda"), torch.zeros(70, device="cuda")
+    for given, message in (
+        ((bias[:69], None), r"bias is f32\[69\] on cuda:0; need f32\[70\]"),
+        ((bias.half(), None), "bias is f16"),
+        ((bias.cpu(), None), "bias is f32.* on cpu"),
+        ((None, good[:1]), r"residual is f32\[1,70\] on cuda:0; need f32\[2,70\]"),
+        ((None, good[0]), r"residual is f32\[70\]"),
+        ((bias, good.bfloat16()), "residual is bf16"),
+    ):
+        with pytest.raises(LiftcError, match=message):
+            ops.tiles.sign_matmul(z, z_scale, tiles, scale, torch.float32, *given)
+
+
 @pytest.mark.parametrize("pattern", ["all", "none", "alternating", "extremes"])
 def test_largest_sums_do_not_wrap(ops: Ops, pattern: str) -> None:
     columns, rows = 131072, 33

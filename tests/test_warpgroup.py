@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from added_results import CASES, check, outputs
 from emulated_kernels import Emulated
 from operand_layouts import group_planes, tile_layout
 from sass_operands import find_disassembler, overwrites, overwritten_operands
 
-from liftc import reference
 from liftc.errors import BuildError
 from liftc.packing import pack_signs
 from liftc.spec import Z_MAX
@@ -54,6 +54,7 @@ def emulated(compiled: Emulated, request: pytest.FixtureRequest) -> Emulated:
     return compiled.landing(request.param)
 
 
+@pytest.mark.parametrize("adds, dtype", CASES)
 @pytest.mark.parametrize(
     "name, tokens, rows, columns, clusters",
     [
@@ -66,28 +67,34 @@ def emulated(compiled: Emulated, request: pytest.FixtureRequest) -> Emulated:
     ],
 )  # fmt: skip
 def test_sign_matmul_is_bit_identical(
-    emulated: Emulated, name: str, tokens: int, rows: int, columns: int, clusters: int
+    emulated: Emulated,
+    name: str,
+    tokens: int,
+    rows: int,
+    columns: int,
+    clusters: int,
+    adds: int,
+    dtype: torch.dtype,
 ) -> None:
     knobs = KNOBS[name]
     g = torch.Generator().manual_seed(rows + columns)
     z = torch.randint(-Z_MAX, Z_MAX + 1, (tokens, columns), generator=g).to(torch.int16)
     z[0, : columns // 2] = Z_MAX
     packed = pack_signs(torch.randn(rows, columns, generator=g))
-    z_scale, scale = torch.rand(tokens, 1, generator=g), torch.rand(rows, generator=g)
+    z_scale, scale = torch.rand(tokens, 1, generator=g) * 1e-3, torch.rand(rows, generator=g)
     tiles = tile_layout(packed)[: -(-rows // 16)].contiguous()
     planes = group_planes(z, 2 * knobs.tokens)
     parts = torch.randint(-(2**31), 2**31, (34, tokens), generator=g).to(torch.int32)
     parts[0] += z.sum(1, dtype=torch.int32) - parts.sum(0, dtype=torch.int32)
-    y = torch.full((tokens + 1, rows), 7.0)  # one row more, which must stay as it is
+    given = outputs(tokens, rows, adds, dtype)
     emulated.library.set_split(knobs.split)
     grid = clusters * knobs.split
     emulated(
         f"sign_matmul_binary_{name}_{knobs.tokens}", grid, knobs.threads(), (tiles, planes),
-        tiles=tiles, planes=planes, totals=parts, z_scale=z_scale, scale=scale, y=y, NB=tiles.shape[0],
-        KB=tiles.shape[1], OC=rows, m=tokens, P=parts.shape[0], grid=grid, kind=0,
+        tiles=tiles, planes=planes, totals=parts, z_scale=z_scale, scale=scale, **given, NB=tiles.shape[0],
+        KB=tiles.shape[1], OC=rows, m=tokens, P=parts.shape[0], grid=grid,
     )  # fmt: skip
-    assert torch.equal(y[:-1], reference.sign_matmul(z, z_scale, packed, scale, torch.float32))
-    assert (y[-1] == 7.0).all()
+    check(given, z, z_scale, packed, scale)
 
 
 def group_lifts() -> list[library.KernelTemplate]:

@@ -1,4 +1,7 @@
-"""Rows of `liftc bench kernels` for a norm or a gate before a lift: operations of their own, and a form of the lift."""
+"""Rows of `liftc bench kernels` for what surrounds a linear: operations of their own, and forms of its kernels.
+
+Before it a norm or a gate, behind it a residual.
+"""
 
 from __future__ import annotations
 
@@ -30,36 +33,50 @@ class FusedRows:
         self.fused = FusedLifts(rows.ops)
 
     def shape(self, shape: Shape, fmt: LiftFormat, batch: int) -> Iterator[Record]:
-        """One linear, cold: behind a SiLU gate where it has more inputs than outputs, else behind an RMS norm."""
+        """One linear, cold, as in a language model: behind an RMS norm where it has more outputs than inputs, else
+        before a residual, behind a SiLU gate where it has more inputs.
+        """
         rows = self.rows
         rounds = rows.rounds([shape], fmt, batch) if rows.cold else 1
         linears = rows.operands.linears(self.ops, [shape] * rounds, fmt, batch, rows.dtype)
         if linears[0].signs.dim() != 4 or rows.dtype == torch.float32:
             return
-        gate = shape[1] > shape[0]
+        gate, norm = shape[1] > shape[0], shape[1] < shape[0]
+        form = "norm" if norm else "gate, residual" if gate else "residual"
         x = self._normal(batch, shape[1] * (2 if gate else 1))
         gain = self._normal(shape[1])
+        residual = None if norm else self._normal(batch, shape[0])
 
         def separate(linear: Linear) -> Lifted:
+            if form == "residual":
+                return self.ops.lift_operands(x, None, linear.left, linear.right)
             return self._gate(linear, x) if gate else self._norm(linear, x, gain)
 
         def fused(linear: Linear) -> Lifted:
+            if form == "residual":
+                return self.ops.lift_operands(x, None, linear.left, linear.right)
             if gate:
                 return self.fused.gate(x, None, linear.left, linear.right)
             return self.fused.norm(x, gain, _EPS, rows.dtype, None, linear.left, linear.right)
 
-        good = self._near(separate(linears[0]), fused(linears[0]))
+        def multiply(linear: Linear, lifted: Lifted, in_kernel: bool) -> Tensor:
+            added = (None, residual) if in_kernel else ()
+            y = self.ops.tiles.sign_matmul(*lifted, linear.signs, linear.scale, rows.dtype, *added)
+            return y if in_kernel or residual is None else residual + y
+
+        lifted = fused(linears[0])
+        good = self._near(separate(linears[0]), lifted)
+        good = good and torch.equal(multiply(linears[0], lifted, True), multiply(linears[0], lifted, False))
         for kernel, lift in (("separate+lift+sign_matmul", separate), ("fused+lift+sign_matmul", fused)):
 
             def work(lift: Callable[[Linear], Lifted] = lift) -> tuple[float, float] | None:
                 def run() -> None:
                     for linear in linears:
-                        z, z_scale = lift(linear)
-                        self.ops.tiles.sign_matmul(z, z_scale, linear.signs, linear.scale, rows.dtype)
+                        multiply(linear, lift(linear), lift is fused)
 
                 return (rows.clock.microseconds(run) / rounds, linears[0].sign_bytes) if good else None
 
-            yield rows.attempt(kernel, shape, fmt, batch, work, knobs={"form": "gate" if gate else "norm"})
+            yield rows.attempt(kernel, shape, fmt, batch, work, knobs={"form": form})
 
     def _norm(self, linear: Linear, x: Tensor, gain: Tensor) -> Lifted:
         wide = x.float()
