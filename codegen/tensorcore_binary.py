@@ -475,6 +475,9 @@ def sign_matmul_binary(symbol: str, knobs: BinaryKnobs) -> Any:
                             )
 
             if adds > 0:
+                if stages == 0:  # without columns nothing has been waited for
+                    if knobs.dependent_launch:
+                        call.dependent_wait()
                 bring(0)
             call.group_sync(2, WARPS * 32 + 32)  # and the sums of z, which another warp adds up
             if SPLIT > 1:

@@ -129,16 +129,20 @@ ADDENDS = r"""
 #include <cuda_fp16.h>
 #include <cuda_bf16.h>
 __device__ __forceinline__ unsigned liftc_addend(const void* from, long long at, int kind) {
+  const unsigned* word = static_cast<const unsigned*>(from) + at;
+  const unsigned short* half = static_cast<const unsigned short*>(from) + at;
+#ifdef __CUDA_ARCH__  // not before the kernels that wrote it have ended, and not from L1
   unsigned bits;
-  const char* place = static_cast<const char*>(from) + at * (kind == 0 ? 4 : 2);
+  unsigned short low;
   if (kind == 0) {
-    asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(bits) : "l"(place) : "memory");
-  } else {
-    unsigned short half;
-    asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(half) : "l"(place) : "memory");
-    bits = half;
+    asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(bits) : "l"(word) : "memory");
+    return bits;
   }
-  return bits;
+  asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(low) : "l"(half) : "memory");
+  return low;
+#else
+  return kind == 0 ? *word : *half;
+#endif
 }
 __device__ __forceinline__ float liftc_plus(float value, unsigned bits, int kind) {
   if (kind == 0) return __fadd_rn(value, __uint_as_float(bits));
@@ -176,7 +180,9 @@ __device__ __forceinline__ void liftc_store_y(void* y, long long at, int kind, i
 
 TOUCH = r"""
 __device__ __forceinline__ void liftc_touch(const void* from, long long at, int kind) {
+#ifdef __CUDA_ARCH__
   asm volatile("prefetch.global.L2 [%0];" :: "l"(static_cast<const char*>(from) + at * (kind == 0 ? 4 : 2)));
+#endif
 }
 """
 """Asks for an entry of a vector to be brought into L2."""

@@ -150,7 +150,12 @@ __device__ __forceinline__ void liftc_load_four(const void* from, long long at, 
   unsigned* w = static_cast<unsigned*>(out);
   const char* place = static_cast<const char*>(from) + at * (kind == 0 ? 4 : 2);
   if (kind != 0 && count >= 4 && reinterpret_cast<unsigned long long>(place) % 8 == 0) {
+#ifdef __CUDA_ARCH__
     asm volatile("ld.global.cg.v2.u32 {%0,%1}, [%2];" : "=r"(w[0]), "=r"(w[1]) : "l"(place) : "memory");
+#else
+    w[0] = reinterpret_cast<const unsigned*>(place)[0];
+    w[1] = reinterpret_cast<const unsigned*>(place)[1];
+#endif
     return;
   }
 #pragma unroll

@@ -51,6 +51,12 @@ def fused_lifts() -> bool:
     return os.environ.get("LIFTC_FUSED_LIFTS") != "0"
 
 
+def fuse_all() -> bool:
+    """`LIFTC_FUSE_ALL=1`: loaded graphs also hand over to kernels what these have not been timed with on a GPU yet:
+    biases, residuals, LayerNorm and GELU (docs/kernels.md)."""
+    return os.environ.get("LIFTC_FUSE_ALL") == "1"
+
+
 def processes() -> tuple[int, int]:
     """`WORLD_SIZE` and `LOCAL_RANK` as torchrun sets them: (number of processes, this one's GPU)."""
     return int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))

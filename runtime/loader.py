@@ -122,8 +122,8 @@ def _tile_signs(graphs: dict[str, Graph], tensors: dict[str, torch.Tensor], tile
 def _pass_operands(graphs: dict[str, Graph], tensors: dict[str, torch.Tensor], ops: Ops) -> None:
     """Let every lift whose z goes to tiled products only hand it over as operand bytes, without int16.
 
-    Such a product adds the bias and the residual behind it. Unless LIFTC_FUSED_LIFTS is 0, such a lift also takes the
-    input of the norm or the gate before it.
+    Unless LIFTC_FUSED_LIFTS is 0, such a lift also takes the input of the norm or the gate before it; if LIFTC_FUSE_ALL
+    is 1, such a product also adds the bias and the residual behind it.
     """
     for graph in graphs.values():
         for node in graph.nodes:
@@ -135,7 +135,8 @@ def _pass_operands(graphs: dict[str, Graph], tensors: dict[str, torch.Tensor], o
                 node.target = ops.lift_operands
                 for product in products:
                     product.target = ops.tiles.sign_matmul
-        fuse_adds(graph, tensors, ops.tiles)
+        if env.fuse_all():
+            fuse_adds(graph, tensors, ops.tiles)
         if env.fused_lifts():
             fuse(graph, ops)
 

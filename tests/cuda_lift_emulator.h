@@ -14,11 +14,8 @@ inline float __expf(float value) { return std::exp(value); }
 inline float __fdividef(float a, float b) { return a / b; }
 inline float rsqrtf(float value) { return 1.0f / std::sqrt(value); }
 inline float liftc_from_half(unsigned bits) { return half_value(bits); }
-inline float __uint_as_float(uint32_t bits) { float value; std::memcpy(&value, &bits, 4); return value; }
-inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __fsqrt_rn(float a) { return std::sqrt(a); }
-inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __shfl_xor_sync(uint mask, float value, int away) {
   return __int_as_float(__shfl_xor_sync(mask, __float_as_int(value), away));
 }

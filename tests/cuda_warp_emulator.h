@@ -202,24 +202,17 @@ inline float bfloat_value(uint32_t bits) {
   std::memcpy(&value, &bits, 4);
   return value;
 }
-inline void liftc_touch(const void*, long long, int) {}
-inline uint32_t liftc_addend(const void* from, long long at, int kind) {
-  return kind == 0 ? static_cast<const uint32_t*>(from)[at] : static_cast<const uint16_t*>(from)[at];
-}
-inline uint32_t bits_of(float value, int kind) {  // kind 0 for float32, 1 for float16, 2 for bfloat16
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  return kind == 0 ? bits : kind == 1 ? half_bits(value) : bfloat_bits(value);
-}
-inline float value_of(uint32_t bits, int kind) {
-  return kind == 1 ? half_value(bits) : bfloat_value(kind == 0 ? bits : bits << 16);
-}
-inline void liftc_store_y(void* y, long long at, int kind, int set, int total, float token_scale, float scale, int adds,
-                          uint32_t bias, uint32_t residual) {
-  float sum = float(int(2u * uint32_t(set) - uint32_t(total)));
-  uint32_t bits = bits_of((sum * token_scale) * scale, kind);
-  if (adds & 1) bits = bits_of(value_of(bits, kind) + value_of(bias, kind), kind);
-  if (adds & 2) bits = bits_of(value_of(bits, kind) + value_of(residual, kind), kind);
-  if (kind == 0) static_cast<uint32_t*>(y)[at] = bits;
-  else static_cast<uint16_t*>(y)[at] = uint16_t(bits);
-}
+struct __half { uint16_t bits; };
+struct __nv_bfloat16 { uint16_t bits; };
+struct __half2 { __half x, y; };
+struct __nv_bfloat162 { __nv_bfloat16 x, y; };
+inline __half __float2half_rn(float value) { return {uint16_t(half_bits(value))}; }
+inline float __half2float(__half value) { return half_value(value.bits); }
+inline __half2 __floats2half2_rn(float a, float b) { return {__float2half_rn(a), __float2half_rn(b)}; }
+inline __nv_bfloat16 __float2bfloat16_rn(float value) { return {uint16_t(bfloat_bits(value))}; }
+inline float __bfloat162float(__nv_bfloat16 value) { return bfloat_value(uint32_t(value.bits) << 16); }
+inline __nv_bfloat162 __floats2bfloat162_rn(float a, float b) { return {__float2bfloat16_rn(a), __float2bfloat16_rn(b)}; }
+inline float __uint_as_float(uint32_t bits) { return bfloat_value(bits); }
+inline float __int2float_rn(int value) { return float(value); }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fadd_rn(float a, float b) { return a + b; }

@@ -71,6 +71,7 @@ inline void tvm_builtin_ptx_wgmma_wait_group_wait_group_sync_aligned_0() { group
 inline uint32_t tvm_builtin_cluster_ctaid_x() { return group::rank(); }
 
 struct uint4 { uint32_t x, y, z, w; };
+struct float4 { float x, y, z, w; };
 inline void liftc_fence_shared() {}
 inline int liftc_uniform(int value) { return value; }
 inline void liftc_warp_signal(void* at) {
@@ -89,18 +90,6 @@ inline void liftc_add_to_peer(void* at, int value, int rank, void* barrier) {
   uint32_t* to = reinterpret_cast<uint32_t*>(peer + (static_cast<uchar*>(at) - pool_buf_ptr));
   *to += uint32_t(value);
   bulk::arrived(peer + (static_cast<uchar*>(barrier) - pool_buf_ptr), 4);
-}
-inline void liftc_load_four(const void* from, long long at, int count, int kind, void* out) {
-  for (int i = 0; i < std::min(count, 4); ++i)
-    if (kind == 0) static_cast<uint32_t*>(out)[i] = liftc_addend(from, at + i, kind);
-    else static_cast<uint16_t*>(out)[i] = uint16_t(liftc_addend(from, at + i, kind));
-}
-inline void liftc_store_four(void* y, long long at, int count, int kind, const void* sets, int total, float token_scale,
-                             const void* scales, int adds, const void* bias, const void* residual) {
-  for (int i = 0; i < std::min(count, 4); ++i)
-    liftc_store_y(y, at + i, kind, static_cast<const int*>(sets)[i], total, token_scale,
-                  static_cast<const float*>(scales)[i], adds, liftc_addend(bias, i, kind),
-                  liftc_addend(residual, i, kind));
 }
 inline block::Meeting& team_meeting(int barrier, int threads) {
   block::Meeting& meeting = group::teams[block::current / block::block_threads * 16 + barrier];

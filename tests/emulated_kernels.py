@@ -13,6 +13,7 @@ from liftc.codegen import toolchain
 
 KERNEL = re.compile(r'extern "C" __global__ void __\w+__\([^)]*\) (\w+)\(([^)]*)\) \{')
 WAIT = re.compile(r"tvm_builtin_ptx_cp_async_wait_group_async_wait_group_(\d+)\(\)")
+INCLUDE = re.compile(r"#include <cuda_\w+\.h>\n")
 POOL = re.compile(r"extern __shared__ __align__\(\d+\) uchar pool_buf_ptr\[\];")
 
 
@@ -45,6 +46,7 @@ class Emulated:
                 f"  block::run_together(all, {{threads, 1, 1}}, [=] {{ {kernel[1]}({', '.join(names)}); }});\n"
                 "  return warp::bad_reads;\n}\n"
             )
+        helpers = INCLUDE.sub("", helpers)
         (folder / "kernels.cpp").write_text(f'#include "{header}"\n' + helpers + text + launchers)
         compiler = toolchain.find_c_compiler(cplusplus=True)
         flags = [

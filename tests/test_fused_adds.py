@@ -8,13 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import FAMILIES
 from torch.fx import Graph, Node
 
-from liftc import reference
+from liftc import ir, reference
+from liftc.capture import capture_config
+from liftc.format import LiftFormat
 from liftc.packing import pack_signs
+from liftc.passes.base import PassPipeline
+from liftc.passes.pipeline import after_quantize, before_quantize
 from liftc.runtime.executor import BoundGraph
-from liftc.runtime.fused_adds import FusedAdds, fuse_adds
-from liftc.spec import Z_MAX
+from liftc.runtime.fused_adds import STACKED, FusedAdds, fuse_adds
+from liftc.spec import DTYPES, Z_MAX
 
 aten = torch.ops.aten
 ROWS, COLUMNS = 12, 20
@@ -170,3 +175,27 @@ def test_products_keep_the_lead_of_planes() -> None:
     operands = (planes, torch.ones(1, 2, 1), torch.empty(0), torch.ones(ROWS), torch.float32, None)
     assert (fused.product(*operands, torch.full((1, 2, ROWS), 0.5)) == 6).all()
     assert (fused.product(*operands, torch.full((2, ROWS), 0.5)) == 5.5).all()
+
+
+@pytest.mark.parametrize(
+    "family, changes, gone",
+    [
+        ("llama", {}, 4), ("phi3", {}, 4), ("qwen2", {}, 6), ("qwen2", {"head_dim": 16}, 10), ("gpt2", {}, 12),
+        ("gemma2", {}, 0),
+    ],
+)  # fmt: skip
+def test_captured_models_lose_additions(family: str, changes: dict[str, int], gone: int) -> None:
+    """Residuals of two layers; biases of q, of q, k and v stacked, of all four linears; norms in between."""
+    config = FAMILIES[family]()
+    config.update(changes)
+    program = capture_config(config).program
+    pipeline = PassPipeline([*before_quantize(LiftFormat(19, 8)), *after_quantize()])
+    program = pipeline.apply(program)
+    held = {name: torch.zeros(spec.shape, dtype=DTYPES[spec.dtype]) for name, spec in program.tensors.items()}
+    tiles, graph = TilesOfTests(), program.graphs["decode"]
+    for node in graph.nodes:
+        if node.target is ir.sign_matmul:
+            node.target = tiles.sign_matmul
+    assert fuse_adds(graph, held, tiles) == gone  # type: ignore[arg-type]
+    stacked = [name for name in held if name.endswith(STACKED)]
+    assert len(stacked) == (2 if changes else 0) and all(held[name].shape == (128,) for name in stacked)

@@ -17,7 +17,7 @@ from liftc.packing import pack_signs
 from liftc.spec import Z_MAX
 
 pytest.importorskip("tvm", reason="kernels are built with TVM")
-from liftc.codegen import library, popcount_device
+from liftc.codegen import library, popcount_device, tensorcore_device
 from liftc.codegen.build_cuda import tirx_source
 from liftc.codegen.knobs import PopcountKnobs
 
@@ -39,6 +39,7 @@ def generated_source() -> str:
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Emulated:
     helpers = popcount_device.STORE_BITS + popcount_device.WEIGH_BITS + popcount_device.LANES_ADD
+    helpers += tensorcore_device.STORE_Y + tensorcore_device.TOUCH
     folder = tmp_path_factory.mktemp("popcount")
     return Emulated(folder, generated_source(), "cuda_popcount_emulator.h", helpers)
 

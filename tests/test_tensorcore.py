@@ -69,6 +69,7 @@ def split_z(
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Emulated:
     helpers = tensorcore_device.STORE_PLANES + tensorcore_device.WARP_ADD
+    helpers += tensorcore_device.STORE_Y + tensorcore_device.TOUCH
     folder = tmp_path_factory.mktemp("emulated")
     return Emulated(folder, generated_source(), "cuda_warp_emulator.h", helpers)
 

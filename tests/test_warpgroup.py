@@ -45,7 +45,8 @@ def generated_source() -> str:
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Emulated:
     folder = tmp_path_factory.mktemp("emulated")
-    helpers = tensorcore_device.WARP_ADD + warpgroup_device.BITS_OF_BYTES
+    helpers = tensorcore_device.WARP_ADD + warpgroup_device.BITS_OF_BYTES + tensorcore_device.TOUCH
+    helpers += tensorcore_device.ADDENDS + warpgroup_device.LOAD_FOUR + warpgroup_device.STORE_FOUR
     return Emulated(folder, generated_source(), "cuda_warpgroup_emulator.h", helpers)
 
 
