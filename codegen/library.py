@@ -31,7 +31,7 @@ from liftc.codegen.knobs import (
 )
 from liftc.kernel_object import KernelFunction
 
-KERNEL_VERSION = 7
+KERNEL_VERSION = 8
 """Raised when any kernel changes its results, arguments or layout, or its time so much that older records mislead."""
 
 TIR_DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
@@ -221,7 +221,7 @@ def usual_form(knobs: LiftKnobs | GroupLiftKnobs) -> str:
 def lift_templates(
     name: str, archs: tuple[str, ...], choices: tuple[LiftKnobs, ...]
 ) -> Iterator[KernelTemplate]:
-    """The lift in one launch for one family of chips, fewest tokens first: alone, behind a norm, behind a gate.
+    """The lift in one launch for one family of chips, fewest tokens first: alone, behind a norm, a gate and so on.
 
     Imports TVM.
     """

@@ -14,7 +14,7 @@ from liftc import env
 from liftc.errors import ArtifactError, LiftcError, TargetError
 from liftc.kernel_object import TARGETS, KernelFunction, KernelObject, machine_flags, read_kernel_object
 
-OLDEST_CUDA_KERNELS = 7
+OLDEST_CUDA_KERNELS = 8
 """Version of the kernels from which on they take the arguments that the runtime passes on a GPU."""
 
 
