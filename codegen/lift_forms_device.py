@@ -117,7 +117,8 @@ __device__ __forceinline__ void liftc_gelu_x8(void* raw, const void* up, int cho
   if (choice % 2) {
 #pragma unroll
     for (int i = 0; i < 8; i += 2)
-      liftc_put_pair(r, i, liftc_gelu_tanh(liftc_value(r, i, kind)), liftc_gelu_tanh(liftc_value(r, i + 1, kind)), kind);
+      liftc_put_pair(r, i, liftc_gelu_tanh(liftc_value(r, i, kind)), liftc_gelu_tanh(liftc_value(r, i + 1, kind)),
+                     kind);
   } else {
 #pragma unroll
     for (int i = 0; i < 8; i += 2)

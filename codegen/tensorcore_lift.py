@@ -37,10 +37,10 @@ def lift_planes(symbol: str, dtype: str, knobs: LiftKnobs, form: str = "plain") 
     """PrimFunc x -> planes, totals, z_scale; z is within one step of liftc/reference.py.
 
     x `dtype` (m, IC) and gain `dtype` (G,), both 16-byte aligned, in_scale f32 (IC,) or (1,) for none, bound f32 (1,),
-    left and right as above -> planes int8 (KB, 4, COLS, 64) or (KB, 16, COLS, 16), totals int32 (P, m) what each block adds to
-    the sums of z, z_scale f32 (m, 1). Then f32 eps, and the integers grid = ceil(m / knobs.group) P, row_blocks, t1,
-    t2, C and choice. P = row_blocks ceil(ceil(C / 16) / knobs.tiles). Limits: t1 <= most_left, t2 <= most_right, m <=
-    tokens, t2 and IC multiples of 8.
+    left and right as above -> planes int8 (KB, 4, COLS, 64) or (KB, 16, COLS, 16), totals int32 (P, m) what each block
+    adds to the sums of z, z_scale f32 (m, 1). Then f32 eps, and the integers grid = ceil(m / knobs.group) P,
+    row_blocks, t1, t2, C and choice. P = row_blocks ceil(ceil(C / 16) / knobs.tiles). Limits: t1 <= most_left, t2 <=
+    most_right, m <= tokens, t2 and IC multiples of 8.
 
     What is lifted, each step rounded to `dtype` as separate operations would, by form:
     "plain": x itself.

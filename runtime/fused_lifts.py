@@ -148,21 +148,23 @@ def _gate_input(x: Node) -> Node | None:
     return None
 
 
-def _layer_norm_input(x: Node) -> tuple[Node, Node, Node | None, float] | None:
+def _layer_norm_input(x: Any) -> tuple[Node, Node, Node | None, float] | None:
     """(x, gain, shift, eps) where the node is a LayerNorm over the last axis with stored gain and shift, or none."""
     if not _calls(x, aten.layer_norm.default) or x.kwargs:
         return None
-    given, axes, gain, shift, eps, *_ = (*x.args, *(None, None, 1e-5)[len(x.args) - 2 :])
-    stored = isinstance(gain, Node) and gain.op == "get_attr"
+    given, axes, *rest = x.args
+    gain, shift, eps = (*rest, *(None, None, 1e-5)[len(rest) :])[:3]
+    if not (isinstance(gain, Node) and gain.op == "get_attr" and len(axes) == 1):
+        return None
     if shift is not None and not (isinstance(shift, Node) and shift.op == "get_attr"):
         return None
-    return (given, gain, shift, eps) if stored and len(axes) == 1 and isinstance(given, Node) else None
+    return given, gain, shift, eps
 
 
-def _gelu_input(x: Node) -> tuple[Node, int] | None:
+def _gelu_input(x: Any) -> tuple[Node, int] | None:
     """(x, choice) where the node is gelu of x, or gelu(gate) * up of the halves of x; choice as in Source."""
     if (choice := _gelu_choice(x)) is not None:
-        return x.args[0], 2 + choice  # type: ignore[return-value]
+        return x.args[0], 2 + choice
     for gelu, up in _factors(x):
         choice = _gelu_choice(gelu)
         if choice is not None and (whole := _whole(gelu.args[0], up)) is not None:

@@ -95,7 +95,13 @@ def gelu(graph: Graph, x: Any, mode: str = "none") -> Node:
 
 
 def gelu_gate(
-    graph: Graph, x: Node, mode: str = "none", swapped: bool = False, first: int = 0, sizes: Any = None, axis: int = -1
+    graph: Graph,
+    x: Node,
+    mode: str = "none",
+    swapped: bool = False,
+    first: int = 0,
+    sizes: Any = None,
+    axis: int = -1,
 ) -> Node:
     call = graph.call_function
     split = call(aten.split_with_sizes.default, (x, sizes or [FEATURES, FEATURES], axis))
@@ -171,7 +177,7 @@ def test_fused_graphs_compute_the_same(what: str, lifts: int, dtype: torch.dtype
 @pytest.mark.parametrize("what", [*LAYERS, *GATES])
 def test_fused_layer_norms_and_gelus_compute_the_same(what: str, lifts: int, dtype: torch.dtype) -> None:
     ops = OpsOfTests()
-    choice, make = GATES[what] if what in GATES else LAYERS[what]
+    kind, make = GATES[what] if what in GATES else LAYERS[what]
     width = FEATURES * (2 if "gate" in what else 1)
     graph, held = build(ops, make, lifts), tensors(dtype)
     before = BoundGraph(graph, held, torch.device("cpu"))
@@ -186,9 +192,9 @@ def test_fused_layer_norms_and_gelus_compute_the_same(what: str, lifts: int, dty
     assert len(ops.planes.sources) == lifts
     for source in ops.planes.sources:
         if what in GATES:
-            assert source == GELUS[choice]
+            assert source == GELUS[kind]
         else:
-            shift = held["shift"] if choice else torch.zeros_like(held["gain"])
+            shift = held["shift"] if kind else torch.zeros_like(held["gain"])
             assert source.op == "lift_planes_layer" and source.eps == 1e-5 and source.gain is not None
             assert torch.equal(source.gain, torch.cat([held["gain"], shift]))
 

@@ -270,13 +270,13 @@ def test_the_runtime_passes_layer_norms_and_gelus(library_planes: tuple[PlaneKer
     both = torch.rand(5120).to(torch.bfloat16)
     assert planes.lift(x, None, left, right, Source("lift_planes_layer", both, 1e-6)) is not None
     function, arguments = calls.pop()
-    assert function.op == "lift_planes_layer" and (arguments[9], arguments[14]) == (1e-6, 0)
+    assert function.op == "lift_planes_layer" and (arguments[9], arguments[15]) == (1e-6, 0)
     assert torch.equal(cast(torch.Tensor, arguments[1]), both)
     for choice, width in enumerate((5120, 5120, 2560, 2560)):
         given = torch.ones(3, width, dtype=torch.bfloat16)
         assert planes.lift(given, None, left, right, Source("lift_planes_gelu", choice=choice)) is not None
         function, arguments = calls.pop()
-        assert function.op == "lift_planes_gelu" and arguments[14] == choice
+        assert function.op == "lift_planes_gelu" and arguments[15] == choice
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,10 @@ def generated_source() -> str:
 LACKS = {
     "a mean that is not awaited": (r"tvm_builtin_cuda_cta_sync\(\);(?=\s*centre_ptr\[0\] = 0x0p)", ""),
     "a spread that is not awaited": (r"tvm_builtin_cuda_cta_sync\(\);(?=\s*root_ptr\[0\] = 0x0p)", ""),
-    "padding that counts": (r"(liftc_deviations_x8\(.*?), (centre_ptr\[\d\]), .*, 1\)\);", r"\1, \2, 1, 1));"),
+    "padding that counts": (
+        r"(liftc_deviations_x8\(.*?), (centre_ptr\[\d\]), .*, 1\)\);",
+        r"\1, \2, 1, 1));",
+    ),
     "padding that is shifted": (r"(liftc_layer_x8\(.*), of_piece\w*, 1\);", r"\1, 1, 1);"),
 }
 """What is changed in a kernel, and into what, so that it lacks something."""
@@ -143,7 +146,14 @@ def test_z_is_within_one_step(
 @pytest.mark.parametrize("form, choice", CHOICES)
 @pytest.mark.parametrize("scaled", [True, False])
 def test_fused_forms_lift_what_separate_operations_make(
-    emulated: Emulated, in_features: int, fmt: LiftFormat, name: str, dtype: str, form: str, choice: int, scaled: bool
+    emulated: Emulated,
+    in_features: int,
+    fmt: LiftFormat,
+    name: str,
+    dtype: str,
+    form: str,
+    choice: int,
+    scaled: bool,
 ) -> None:
     g = torch.Generator().manual_seed(in_features)
     left, right = factors(in_features, fmt)
@@ -196,7 +206,8 @@ def test_the_emulator_sees_what_a_layer_norm_lacks(emulated: Emulated) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("approximate", [False, True])
 def test_gelu_of_every_number(emulated: Emulated, dtype: torch.dtype, approximate: bool) -> None:
-    """Of half precision: a millionth away at most, wherever x is, and hence rounded as the exact value nearly always."""
+    """Of half precision: a millionth away, farther only where next to nothing, so that it is rounded as the exact value
+    but for a few that are halfway."""
     every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
     x = every[every.isfinite()].float()
     made = torch.empty_like(x)
@@ -209,11 +220,10 @@ def test_gelu_of_every_number(emulated: Emulated, dtype: torch.dtype, approximat
         exact = wide / 2 * torch.special.erfc(-wide / 2**0.5)
     mode = "tanh" if approximate else "none"
     torch.testing.assert_close(exact, torch.nn.functional.gelu(wide, approximate=mode), rtol=1e-9, atol=1e-14)
-    large = exact.abs() > 1e-30  # below, exp is next to nothing
-    assert float(((made - exact) / exact)[large].abs().max()) < 6e-6 and not made[~large].double().abs().gt(1e-29).any()
-    near = exact.abs() > 1e-4
-    assert float(((made - exact) / exact)[near].abs().max()) < 1.2e-6
-    assert float((made.to(dtype) != exact.to(dtype)).float().mean()) < 1e-3
+    away = ((made - exact) / exact).abs()
+    assert float(away[exact.abs() > 1e-4].max()) < 1.2e-6 and float(away[exact.abs() > 1e-30].max()) < 1e-5
+    assert float(made[exact.abs() <= 1e-30].abs().max()) < 1.1e-30
+    assert float((made.to(dtype) != exact.to(dtype)).float().mean()) < 2.5e-3
 
 
 @pytest.mark.parametrize("form, choice", [("layer", 0), *(("gelu", choice) for choice in range(4))])
@@ -226,7 +236,9 @@ def test_fused_tokens_that_are_not_finite(emulated: Emulated, form: str, choice:
         x = gelu_of(given, choice)
     else:
         x = layer_norm_of(given, *gain.chunk(2))  # type: ignore[union-attr]
-    planes, totals, z_scale = run(emulated, "wide", given, None, left, right, form=form, gain=gain, choice=choice)
+    planes, totals, z_scale = run(
+        emulated, "wide", given, None, left, right, form=form, gain=gain, choice=choice
+    )
     z = z_of(planes, 6, left.shape[0] * right.shape[1])
     assert z_scale[:3].isnan().all() and not z[:3].any() and not totals[:3].any()
     assert torch.isfinite(x[3:]).all()
