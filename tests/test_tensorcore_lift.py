@@ -71,17 +71,17 @@ LACKS = {
     "a mean that is not awaited": (r"tvm_builtin_cuda_cta_sync\(\);(?=\s*centre_ptr\[0\] = 0x0p)", ""),
     "a spread that is not awaited": (r"tvm_builtin_cuda_cta_sync\(\);(?=\s*root_ptr\[0\] = 0x0p)", ""),
     "padding that counts": (
-        r"(liftc_deviations_x8\(.*?), (centre_ptr\[\d\]), .*, 1\)\);",
-        r"\1, \2, 1, 1));",
+        r"(liftc_deviations_x8\(.*?), (centre_ptr\[\d\]), .*, 2\)\);",
+        r"\1, \2, 1, 2));",
     ),
-    "padding that is shifted": (r"(liftc_layer_x8\(.*), of_piece\w*, 1\);", r"\1, 1, 1);"),
+    "padding that is shifted": (r"(liftc_layer_x8\(.*), of_piece\w*, 2\);", r"\1, 1, 2);"),
 }
 """What is changed in a kernel, and into what, so that it lacks something."""
 
 
 def lacking(source: str) -> str:
-    """The LayerNorm of "wide" with one of LACKS after the other, lift_layer_0_float16 and so on."""
-    symbol = "lift_layer_wide_float16_kernel"
+    """The smallest LayerNorm with one of LACKS after the other, lift_layer_0_bfloat16 and so on."""
+    symbol = "lift_layer_one_bfloat16_kernel"
     defined = rf'extern "C" __global__ [^;{{]*\b{symbol}\([^)]*\) \{{.*?\n\}}\n'
     whole = re.search(defined, source, re.DOTALL)
     assert whole is not None
@@ -89,7 +89,7 @@ def lacking(source: str) -> str:
     for number, (pattern, into) in enumerate(LACKS.values()):
         kernel, found = re.subn(pattern, into, whole[0])
         assert found > 0, pattern
-        kernels += kernel.replace(symbol, f"lift_layer_{number}_float16_kernel")
+        kernels += kernel.replace(symbol, f"lift_layer_{number}_bfloat16_kernel")
     return kernels
 
 
@@ -196,11 +196,12 @@ def test_layer_norms_of_tokens_far_from_zero_and_of_equal_values(
 
 def test_the_emulator_sees_what_a_layer_norm_lacks(emulated: Emulated) -> None:
     left, right = factors(*SHAPES[5])
-    given, gain, _ = before_lift(4, 1000, "layer", torch.float16, torch.Generator().manual_seed(2))
-    want = run(emulated, "wide", given, None, left, right, form="layer", gain=gain)[0]
+    given, gain, x = before_lift(1, 1000, "layer", torch.bfloat16, torch.Generator().manual_seed(2))
+    planes, _, z_scale = run(emulated, "one", given, None, left, right, form="layer", gain=gain)
+    check_fused(z_of(planes, 1, left.shape[0] * right.shape[1]), z_scale, x, None, left, right)
     for number, lack in enumerate(LACKS):
-        got = run(emulated, "wide", given, None, left, right, form="layer", gain=gain, kernel=f"{number}")[0]
-        assert not torch.equal(got, want), lack
+        got = run(emulated, "one", given, None, left, right, form="layer", gain=gain, kernel=f"{number}")[0]
+        assert not torch.equal(got, planes), lack
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
