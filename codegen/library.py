@@ -221,7 +221,7 @@ def usual_form(knobs: LiftKnobs | GroupLiftKnobs) -> str:
 def lift_templates(
     name: str, archs: tuple[str, ...], choices: tuple[LiftKnobs, ...]
 ) -> Iterator[KernelTemplate]:
-    """The lift in one launch for one family of chips, fewest tokens first: alone, behind a norm, behind a gate.
+    """The lift in one launch for one family of chips, fewest tokens first: alone, behind a norm, a gate and so on.
 
     Imports TVM.
     """

@@ -6,6 +6,7 @@ from typing import Any
 
 from tvm.script import tirx as T
 
+from liftc.codegen import lift_forms_device
 from liftc.codegen import tensorcore_device as device
 from liftc.codegen import warpgroup_device as group_device
 
@@ -108,52 +109,6 @@ __device__ __forceinline__ unsigned liftc_half_pair(float low, float high, int k
   return kind == 1 ? liftc_pack_half(low, high) : liftc_pack_bf16(low, high);
 }
 
-__device__ __forceinline__ float liftc_squares_x8(const void* raw, int kind) {
-  float sum = 0.0f;
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    const float v = liftc_value(static_cast<const unsigned*>(raw), i, kind);
-    sum = fmaf(v, v, sum);
-  }
-  return sum;
-}
-
-__device__ __forceinline__ void liftc_norm_x8(void* raw, const void* gain, float root, int kind) {
-  unsigned* r = static_cast<unsigned*>(raw);
-  const unsigned* g = static_cast<const unsigned*>(gain);
-#pragma unroll
-  for (int i = 0; i < 8; i += 2) {
-    float a = liftc_value(r, i, kind) * root, b = liftc_value(r, i + 1, kind) * root;
-    if (kind == 0) {
-      r[i] = __float_as_uint(a * liftc_value(g, i, kind));
-      r[i + 1] = __float_as_uint(b * liftc_value(g, i + 1, kind));
-    } else {
-      r[i / 2] = liftc_half_pair(a, b, kind);
-      r[i / 2] = liftc_half_pair(liftc_value(r, i, kind) * liftc_value(g, i, kind),
-                            liftc_value(r, i + 1, kind) * liftc_value(g, i + 1, kind), kind);
-    }
-  }
-}
-
-__device__ __forceinline__ void liftc_gate_x8(void* raw, const void* up, int kind) {
-  unsigned* r = static_cast<unsigned*>(raw);
-  const unsigned* u = static_cast<const unsigned*>(up);
-#pragma unroll
-  for (int i = 0; i < 8; i += 2) {
-    float a = liftc_value(r, i, kind), b = liftc_value(r, i + 1, kind);
-    a = __fdividef(a, 1.0f + __expf(-a));
-    b = __fdividef(b, 1.0f + __expf(-b));
-    if (kind == 0) {
-      r[i] = __float_as_uint(a * liftc_value(u, i, kind));
-      r[i + 1] = __float_as_uint(b * liftc_value(u, i + 1, kind));
-    } else {
-      r[i / 2] = liftc_half_pair(a, b, kind);
-      r[i / 2] = liftc_half_pair(liftc_value(r, i, kind) * liftc_value(u, i, kind),
-                            liftc_value(r, i + 1, kind) * liftc_value(u, i + 1, kind), kind);
-    }
-  }
-}
-
 __device__ __forceinline__ float liftc_split_x4(const void* raw, int kind, int half, const void* scale,
                                                 bool scaled, int there, void* out) {
   const unsigned* r = static_cast<const unsigned*>(raw) + half * (kind == 0 ? 4 : 2);
@@ -188,14 +143,16 @@ __device__ __forceinline__ void liftc_mixed_words(const void* part, int chains, 
   liftc_split_pair(liftc_total(p + 2, chains), liftc_total(p + 3, chains), w[1], w[3]);
 }
 """
-"""Floats as sums of two bfloat16 numbers, to 16 bits each. norm_x8, gate_x8: x of a norm or of a gate, rounded
-after each of its steps (silu right to a few units in the last place of float32 before that). split_x4: half of eight
-values of x, scaled, as two words of high parts and two of low parts (none where bfloat16 says it all); returns the sum
-of squares. total: a result of 16 x 8 from what its products of high and low parts, `chains` of each, have added up.
-mixed_words: four of them as half an operand, two words of high and two of low parts."""
+"""Floats as sums of two bfloat16 numbers, to 16 bits each. split_x4: half of eight values of x, scaled, as two words of
+high parts and two of low parts (none where bfloat16 says it all); returns the sum of squares. total: a result of 16 x 8
+from what its products of high and low parts, `chains` of each, have added up. mixed_words: four of them as half an
+operand, two words of high and two of low parts."""
 
 BF16 = f"\n#ifndef LIFTC_BF16\n#define LIFTC_BF16\n{CONVERT}{SPLIT}#endif\n"
 """Both, once in a source however many of their functions are called."""
+
+FORMS = BF16 + lift_forms_device.FORMS
+"""What norms, gates and GELU need."""
 
 LOAD_WORDS = r"""
 __device__ __forceinline__ void liftc_load_words(const void* from, void* out) {
@@ -349,14 +306,17 @@ DEVICE: dict[str, tuple[str, str]] = {
     "cluster_leave": (group_device.CLUSTER_LEAVE, ""),
     "dependent_start": (device.DEPENDENT_START, ""),
     "dependent_wait": (device.DEPENDENT_WAIT, ""),
+    "deviations_x8": (FORMS, "float32"),
     "fence_init": (group_device.FENCE_INIT, ""),
-    "gate_x8": (BF16, ""),
+    "gate_x8": (FORMS, ""),
+    "gelu_x8": (FORMS, ""),
     "inverse": (ROOTS + Z_GUARD, "float32"),
+    "layer_x8": (FORMS, ""),
     "load_words": (LOAD_WORDS, ""),
     "load_x8": (LOAD_X8, ""),
     "mixed_words": (BF16, ""),
     "mma_bf16": (MMA_BF16, ""),
-    "norm_x8": (BF16, ""),
+    "norm_x8": (FORMS, ""),
     "prefetch": (device.PREFETCH, ""),
     "place": (PLACE, "int32"),
     "round": (ROUND, "int32"),
@@ -364,7 +324,8 @@ DEVICE: dict[str, tuple[str, str]] = {
     "store_rows": (STORE_ROWS, ""),
     "total": (BF16, "float32"),
     "split_x4": (BF16, "float32"),
-    "squares_x8": (BF16, "float32"),
+    "squares_x8": (FORMS, "float32"),
+    "sum_x8": (FORMS, "float32"),
     "share": (PEERS, ""),
     "warp_add": (device.WARP_ADD, ""),
     "warp_sum": (PEERS + WARP_SUM, ""),

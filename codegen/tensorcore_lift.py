@@ -28,21 +28,27 @@ from liftc.spec import Z_MAX
 
 KINDS = {"float32": 0, "float16": 1, "bfloat16": 2}
 ROLLED = {"disable_unroll": True}
-FORMS = ("plain", "norm", "gate")
+FORMS = ("plain", "norm", "gate", "layer", "gelu")
+PAIRED = ("gate", "gelu")
+"""Forms that read two values for each that they lift."""
 
 
 def lift_planes(symbol: str, dtype: str, knobs: LiftKnobs, form: str = "plain") -> Any:
     """PrimFunc x -> planes, totals, z_scale; z is within one step of liftc/reference.py.
 
-    x `dtype` (m, IC) 16-byte aligned, gain `dtype` (G,), in_scale f32 (IC,) or (1,) for none, bound f32 (1,), left and
-    right as above -> planes int8 (KB, 4, COLS, 64) or (KB, 16, COLS, 16), totals int32 (P, m) what each block adds to
-    the sums of z, z_scale f32 (m, 1). Then f32 eps, and the integers grid = ceil(m / knobs.group) P, row_blocks, t1, t2
-    and C. P = row_blocks ceil(ceil(C / 16) / knobs.tiles). Limits: t1 <= most_left, t2 <= most_right, m <= tokens, t2
-    and IC multiples of 8.
+    x `dtype` (m, IC) and gain `dtype` (G,), both 16-byte aligned, in_scale f32 (IC,) or (1,) for none, bound f32 (1,),
+    left and right as above -> planes int8 (KB, 4, COLS, 64) or (KB, 16, COLS, 16), totals int32 (P, m) what each block
+    adds to the sums of z, z_scale f32 (m, 1). Then f32 eps, and the integers grid = ceil(m / knobs.group) P,
+    row_blocks, t1, t2, C and choice. P = row_blocks ceil(ceil(C / 16) / knobs.tiles). Limits: t1 <= most_left, t2 <=
+    most_right, m <= tokens, t2 and IC multiples of 8.
 
-    What is lifted, each step rounded to `dtype` as separate operations would: x itself where form is "plain"; gain *
-    (x * rsqrt(mean x^2 + eps)), G = IC, where it is "norm"; silu(gate) * up where it is "gate" and x is (m, 2 IC),
-    gate before up.
+    What is lifted, each step rounded to `dtype` as separate operations would, by form:
+    "plain": x itself.
+    "norm": gain * (x * rsqrt(mean x^2 + eps)), G = IC.
+    "gate": silu(gate) * up, x being (m, 2 IC), gate before up.
+    "layer": (x - mean x) * rsqrt(mean (x - mean x)^2 + eps) * gain + shift, rounded once; G = 2 IC, gain before shift.
+    "gelu": by choice 0 gelu(gate) * up as in a gate, 1 the same with the tanh approximation of gelu, 2 gelu(x) of x
+    (m, IC), 3 the same with the approximation. The other forms do not look at choice.
 
     Planes: column k = 256 b + 64 q + 16 s + 4 t + e of token c is bytes [b, q, 2 c and 2 c + 1, 16 s + 4 t + e], or
     [b, 4 q + t, 2 c and 2 c + 1, 4 s + e] as the warp groups read it, the high and the low byte of z = 256 h + l
@@ -50,7 +56,7 @@ def lift_planes(symbol: str, dtype: str, knobs: LiftKnobs, form: str = "plain") 
     nothing.
     """
     WARPS, GROUP, TILES, UNITS = knobs.warps, knobs.group, knobs.tiles, knobs.units
-    AHEAD = (knobs.ahead + 1) // 2 if form == "gate" else knobs.ahead  # two values are loaded for each
+    AHEAD = (knobs.ahead + 1) // 2 if form in PAIRED else knobs.ahead
     START = knobs.trigger if knobs.dependent_launch else -1
     THREADS = WARPS * 32
     KIND = KINDS[dtype]
@@ -72,6 +78,16 @@ def lift_planes(symbol: str, dtype: str, knobs: LiftKnobs, form: str = "plain") 
     def slot(t: Any, u: Any, s: Any) -> Any:
         return ((t * UNITS + u) * AHEAD + s) * RAW
 
+    HELD = UNITS * AHEAD  # vectors of a token that a thread has registers for
+
+    def features(width: Any, choice: Any) -> Any:
+        if form == "gelu":
+            return T.Select(choice < 2, width // 2, width)
+        return width // 2 if form == "gate" else width
+
+    def of_up(there: Any, choice: Any) -> Any:
+        return T.Select(choice < 2, there, 0) if form == "gelu" else there
+
     def mma(sums: Any, operand: Any, b0: Any, b1: Any) -> Any:
         return call("mma_bf16", sums, operand, b0, b1)
 
@@ -79,7 +95,7 @@ def lift_planes(symbol: str, dtype: str, knobs: LiftKnobs, form: str = "plain") 
     def function(
         x_arg: T.handle, gain_arg: T.handle, in_scale_arg: T.handle, bound_arg: T.handle, left_arg: T.handle,
         right_arg: T.handle, planes_arg: T.handle, totals_arg: T.handle, z_scale_arg: T.handle, eps: T.float32,
-        grid: T.int32, row_blocks: T.int32, t1: T.int32, t2: T.int32, C: T.int32,
+        grid: T.int32, row_blocks: T.int32, t1: T.int32, t2: T.int32, C: T.int32, choice: T.int32,
     ) -> None:  # fmt: skip
         T.func_attr({"tirx.noalias": True, "global_symbol": symbol})
         m = T.int32()
@@ -120,8 +136,9 @@ def lift_planes(symbol: str, dtype: str, knobs: LiftKnobs, form: str = "plain") 
         kept = pool.alloc((UNITS * KEPT * WARPS * 128,), "uint32", align=16) if KEPT > 0 else mixed
         pool.commit(knobs.shared_bytes())
         raw = T.alloc_local((ITEMS * AHEAD * RAW,), "uint32")
-        raw_up = T.alloc_local(((ITEMS * AHEAD if form == "gate" else 1) * RAW,), "uint32")
+        raw_up = T.alloc_local(((ITEMS * AHEAD if form in PAIRED else 1) * RAW,), "uint32")
         root = T.alloc_local((GROUP,), "float32")
+        centre = T.alloc_local((GROUP,), "float32")
         w = T.alloc_local((TILES * 8,), "uint32")
         b = T.alloc_local((max(UNITS, 1) * 4,), "uint32")
         part = T.alloc_local((ITEMS * TILES * SUMS,), "float32")
@@ -132,7 +149,7 @@ def lift_planes(symbol: str, dtype: str, knobs: LiftKnobs, form: str = "plain") 
         total = T.alloc_local((GROUP,), "int32")
         place = T.alloc_local((4,), "int32")
 
-        IC: T.let[T.int32] = XC // 2 if form == "gate" else XC
+        IC: T.let[T.int32] = features(XC, choice)
         lane: T.let[T.int32] = tx % 32
         warp: T.let[T.int32] = tx // 32
         which: T.int32 = bx if knobs.tokens == 1 else T.truncmod(bx, P)
@@ -257,6 +274,56 @@ def lift_planes(symbol: str, dtype: str, knobs: LiftKnobs, form: str = "plain") 
                 root[t] = T.rsqrt(root[t] * (T.float32(1) / T.Cast("float32", IC)) + eps)
 
         @T.inline
+        def bring_vectors(turn):  # vectors of whole tokens, in turn by thread, to where pieces of x will be
+            for t in T.unroll(GROUP):
+                for h in T.unroll(HELD):
+                    vector: T.let[T.int32] = (turn * HELD + h) * THREADS + tx
+                    call(
+                        "load_x8", x.ptr_to([token0 + t, vector * 8]), KIND,
+                        T.Cast("int32", T.And(token0 + t < m, vector < IC // 8)),
+                        raw.ptr_to([(t * HELD + h) * RAW]),
+                    )  # fmt: skip
+
+        if form == "layer":
+            # Whole tokens wait in registers between the two passes where they fit, so that x is awaited once.
+            turns: T.int32 = (IC // 8 + THREADS * HELD - 1) // (THREADS * HELD)
+            for t in T.unroll(GROUP):
+                centre[t] = T.float32(0)
+                root[t] = T.float32(0)
+            for turn in T.serial(turns):
+                bring_vectors(turn)
+                for t in T.unroll(GROUP):
+                    for h in T.unroll(HELD):
+                        centre[t] = centre[t] + call("sum_x8", raw.ptr_to([(t * HELD + h) * RAW]), KIND)
+            for t in T.unroll(GROUP):  # where nobody but this block stores, and its norm of x much later
+                at_centre: T.let[T.int32] = (t * CLUSTER + rank) * WARPS + warp
+                call("warp_sum", centre[t], squares.ptr_to([at_centre]), lane, ready.ptr_to([0]), 0, 1)
+            T.cuda.cta_sync()
+            for t in T.unroll(GROUP):
+                centre[t] = T.float32(0)
+                for q in T.unroll(WARPS):
+                    centre[t] = centre[t] + squares[(t * CLUSTER + rank) * WARPS + q]
+                centre[t] = centre[t] / T.Cast("float32", IC)
+            for turn in T.serial(turns):
+                if turns > 1:
+                    bring_vectors(turn)
+                for t in T.unroll(GROUP):
+                    for h in T.unroll(HELD):
+                        left_of: T.let[T.int32] = IC // 8 - (turn * HELD + h) * THREADS - tx
+                        root[t] = root[t] + call(
+                            "deviations_x8", raw.ptr_to([(t * HELD + h) * RAW]), centre[t], left_of, KIND
+                        )
+            for t in T.unroll(GROUP):
+                at_spread: T.let[T.int32] = (GROUP * CLUSTER + t) * WARPS + warp
+                call("warp_sum", root[t], squares.ptr_to([at_spread]), lane, ready.ptr_to([0]), 0, 1)
+            T.cuda.cta_sync()
+            for t in T.unroll(GROUP):
+                root[t] = T.float32(0)
+                for q in T.unroll(WARPS):
+                    root[t] = root[t] + squares[(GROUP * CLUSTER + t) * WARPS + q]
+                root[t] = T.rsqrt(root[t] / T.Cast("float32", IC) + eps)
+
+        @T.inline
         def mix(step, scaled):  # the pieces that have been loaded, with right
             for s in T.unroll(AHEAD):
                 # Past the last piece x is zero, and right must be finite.
@@ -272,8 +339,22 @@ def lift_planes(symbol: str, dtype: str, knobs: LiftKnobs, form: str = "plain") 
                                 root[t],
                                 KIND,
                             )
+                        if form == "layer":
+                            of_piece: T.let[T.int32] = there[t * UNITS + u] - s * 32
+                            call(
+                                "layer_x8", raw.ptr_to([slot(t, u, s)]), gain.ptr_to([T.Select(of_piece > 0, k1, 0)]),
+                                gain.ptr_to([T.Select(of_piece > 0, IC + k1, 0)]), centre[t], root[t], of_piece, KIND,
+                            )  # fmt: skip
                         if form == "gate":
                             call("gate_x8", raw.ptr_to([slot(t, u, s)]), raw_up.ptr_to([slot(t, u, s)]), KIND)
+                        if form == "gelu":
+                            call(
+                                "gelu_x8",
+                                raw.ptr_to([slot(t, u, s)]),
+                                raw_up.ptr_to([slot(t, u, s)]),
+                                choice,
+                                KIND,
+                            )
                 for half in T.unroll(2):
                     if scaled:
                         T.cuda.cta_sync()  # or all loads are brought forward, and registers spill
@@ -323,10 +404,11 @@ def lift_planes(symbol: str, dtype: str, knobs: LiftKnobs, form: str = "plain") 
                                 "load_x8", x.ptr_to([token0 + t, source[u] + s * 32]), KIND,
                                 there[t * UNITS + u] - s * 32, raw.ptr_to([slot(t, u, s)]),
                             )  # fmt: skip
-                            if form == "gate":
+                            if form in PAIRED:
                                 call(
                                     "load_x8", x.ptr_to([token0 + t, IC + source[u] + s * 32]), KIND,
-                                    there[t * UNITS + u] - s * 32, raw_up.ptr_to([slot(t, u, s)]),
+                                    of_up(there[t * UNITS + u] - s * 32, choice),
+                                    raw_up.ptr_to([slot(t, u, s)]),
                                 )  # fmt: skip
                 if SC > 1:
                     mix(step, True)

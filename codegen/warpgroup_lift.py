@@ -69,7 +69,7 @@ def lift_planes_grouped(symbol: str, dtype: str, knobs: GroupLiftKnobs, form: st
     def function(
         x_arg: T.handle, gain_arg: T.handle, in_scale_arg: T.handle, bound_arg: T.handle, left_arg: T.handle,
         right_arg: T.handle, planes_arg: T.handle, totals_arg: T.handle, z_scale_arg: T.handle, eps: T.float32,
-        grid: T.int32, row_blocks: T.int32, t1: T.int32, t2: T.int32, C: T.int32,
+        grid: T.int32, row_blocks: T.int32, t1: T.int32, t2: T.int32, C: T.int32, choice: T.int32,
     ) -> None:  # fmt: skip
         T.func_attr({"tirx.noalias": True, "global_symbol": symbol})
         m = T.int32()

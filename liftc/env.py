@@ -47,7 +47,7 @@ def num_threads() -> int:
 
 
 def fused_lifts() -> bool:
-    """`LIFTC_FUSED_LIFTS=0` keeps loaded graphs from handing norms and gates to their lifts (GPU; docs/kernels.md)."""
+    """`LIFTC_FUSED_LIFTS=0` keeps norms, gates and GELUs of loaded graphs out of their lifts (GPU; docs/kernels.md)."""
     return os.environ.get("LIFTC_FUSED_LIFTS") != "0"
 
 

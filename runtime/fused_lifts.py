@@ -1,7 +1,8 @@
-"""Lifts that take the input of the norm or of the gate before them: no kernel between two products.
+"""Lifts that take the input of the norm, the gate or the GELU before them: no kernel between two products.
 
 `fuse` rewrites a loaded graph; the arithmetic, with its roundings, is that of the operations it replaces. Sums of a
-norm are added in another order, so that x, rounded to half precision, may now and then be one bit off.
+norm are added in another order and gelu is computed in another way, so that x, rounded to half precision, may now and
+then be one bit off.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 from torch.fx import Graph, Node
 
-from liftc.runtime.planes import GATED, Planes, Source
+from liftc.runtime.factors import PerFactors
+from liftc.runtime.planes import GATED, GELUS, Planes, Source
 
 if TYPE_CHECKING:
     from liftc.runtime.ops import Ops
@@ -23,10 +25,12 @@ aten = torch.ops.aten
 
 
 class FusedLifts:
-    """lift_operands behind a norm or a gate; where no kernel takes a call, the operations one by one."""
+    """lift_operands behind a norm, a gate or a GELU; where no kernel takes a call, the operations one by one."""
 
     def __init__(self, ops: Ops) -> None:
         self._ops = ops
+        self._shifted = PerFactors(lambda gain, shift: torch.cat([gain, shift]))
+        self._unshifted = PerFactors(lambda gain, same: torch.cat([gain, torch.zeros_like(same)]))
 
     def norm(
         self, x: Tensor, gain: Tensor, eps: float, dtype: torch.dtype, activation_scale: Tensor | None,
@@ -53,22 +57,61 @@ class FusedLifts:
         x = torch.nn.functional.silu(gate) * up
         return self._ops.lift_operands(x, activation_scale, left, right)
 
+    def layer_norm(
+        self, x: Tensor, gain: Tensor, shift: Tensor | None, eps: float, activation_scale: Tensor | None,
+        left: Tensor, right: Tensor,
+    ) -> tuple[Planes | Tensor, Tensor]:  # fmt: skip
+        """Operands of torch's layer_norm over the last axis, of the size of `gain`; without a shift it is 0."""
+        both = self._gain_and_shift(x, gain, shift)
+        if both is not None:
+            source = Source("lift_planes_layer", both, eps)
+            done = self._ops.tiles.planes.lift(x, activation_scale, left, right, source)
+            if done is not None:
+                return done
+        x = torch.nn.functional.layer_norm(x, gain.shape, gain, shift, eps)
+        return self._ops.lift_operands(x, activation_scale, left, right)
+
+    def gelu(
+        self, x: Tensor, choice: int, activation_scale: Tensor | None, left: Tensor, right: Tensor
+    ) -> tuple[Planes | Tensor, Tensor]:
+        """Operands of gelu(gate) * up, the halves of the last axis of x, or of gelu(x), by `choice` of Source."""
+        done = self._ops.tiles.planes.lift(x, activation_scale, left, right, GELUS[choice])
+        if done is not None:
+            return done
+        mode = "tanh" if choice % 2 else "none"
+        if choice < 2:
+            gate, up = x.chunk(2, -1)
+            x = torch.nn.functional.gelu(gate, approximate=mode) * up
+        else:
+            x = torch.nn.functional.gelu(x, approximate=mode)
+        return self._ops.lift_operands(x, activation_scale, left, right)
+
+    def _gain_and_shift(self, x: Tensor, gain: Tensor, shift: Tensor | None) -> Tensor | None:
+        """Both as one tensor, made once per pair; None where they are not in half precision as x, or of two shapes."""
+        if x.dtype == torch.float32 or gain.dtype != x.dtype or gain.dim() != 1:
+            return None
+        if shift is None:
+            return self._unshifted(gain, gain)
+        return self._shifted(gain, shift) if (shift.dtype, shift.shape) == (x.dtype, gain.shape) else None
+
 
 def fuse(graph: Graph, ops: Ops) -> int:
-    """Rewrite the lift_operands calls of a graph whose x is a norm or a gate that only they read; how many."""
+    """Rewrite the lift_operands calls of a graph whose x is a norm, a gate or a GELU that only they read; how many."""
     fused, count = FusedLifts(ops), 0
     for node in list(graph.nodes):
         if node.target != ops.lift_operands or node.kwargs:
             continue
         x, *rest = node.args
-        if not isinstance(x, Node) or any(
-            user.target not in (ops.lift_operands, fused.norm) for user in x.users
-        ):
+        if not isinstance(x, Node) or any(user.target != ops.lift_operands for user in x.users):
             continue
         if (found := _norm_input(x)) is not None:
             node.target, node.args = fused.norm, (*found, *rest)
         elif (halves := _gate_input(x)) is not None:
             node.target, node.args = fused.gate, (halves, *rest)
+        elif (layer := _layer_norm_input(x)) is not None:
+            node.target, node.args = fused.layer_norm, (*layer, *rest)
+        elif (chosen := _gelu_input(x)) is not None:
+            node.target, node.args = fused.gelu, (*chosen, *rest)
         else:
             continue
         count += 1
@@ -100,18 +143,53 @@ def _norm_input(x: Node) -> tuple[Node, Node, float, torch.dtype] | None:
 def _gate_input(x: Node) -> Node | None:
     """The node whose two halves are gate and up where x is silu(gate) * up."""
     for silu, up in _factors(x):
-        gate = silu.args[0] if _calls(silu, aten.silu.default) else None
-        if not (_calls(gate, operator.getitem) and _calls(up, operator.getitem)):
-            continue
-        split = gate.args[0]
-        if (gate.args, up.args) != ((split, 0), (split, 1)) or not _calls(
-            split, aten.split_with_sizes.default
-        ):
-            continue
-        sizes, axis = split.args[1], split.args[2] if len(split.args) > 2 else 0
-        if isinstance(sizes, (list, tuple)) and len(sizes) == 2 and sizes[0] == sizes[1] and axis == -1:
-            whole: Node = split.args[0]
+        if _calls(silu, aten.silu.default) and (whole := _whole(silu.args[0], up)) is not None:
             return whole
+    return None
+
+
+def _layer_norm_input(x: Any) -> tuple[Node, Node, Node | None, float] | None:
+    """(x, gain, shift, eps) where the node is a LayerNorm over the last axis with stored gain and shift, or none."""
+    if not _calls(x, aten.layer_norm.default) or x.kwargs:
+        return None
+    given, axes, *rest = x.args
+    gain, shift, eps = (*rest, *(None, None, 1e-5)[len(rest) :])[:3]
+    if not (isinstance(gain, Node) and gain.op == "get_attr" and len(axes) == 1):
+        return None
+    if shift is not None and not (isinstance(shift, Node) and shift.op == "get_attr"):
+        return None
+    return given, gain, shift, eps
+
+
+def _gelu_input(x: Any) -> tuple[Node, int] | None:
+    """(x, choice) where the node is gelu of x, or gelu(gate) * up of the halves of x; choice as in Source."""
+    if (choice := _gelu_choice(x)) is not None:
+        return x.args[0], 2 + choice
+    for gelu, up in _factors(x):
+        choice = _gelu_choice(gelu)
+        if choice is not None and (whole := _whole(gelu.args[0], up)) is not None:
+            return whole, choice
+    return None
+
+
+def _gelu_choice(node: Any) -> int | None:
+    """0 for gelu with erf, 1 for the tanh approximation, None for another node."""
+    if not _calls(node, aten.gelu.default) or not isinstance(node.args[0], Node):
+        return None
+    return {"none": 0, "tanh": 1}.get(node.kwargs.get("approximate", "none"))
+
+
+def _whole(gate: Any, up: Any) -> Node | None:
+    """The node of which these are the first and the second half of the last axis, as split_with_sizes makes them."""
+    if not (_calls(gate, operator.getitem) and _calls(up, operator.getitem)):
+        return None
+    split = gate.args[0]
+    if (gate.args, up.args) != ((split, 0), (split, 1)) or not _calls(split, aten.split_with_sizes.default):
+        return None
+    sizes, axis = split.args[1], split.args[2] if len(split.args) > 2 else 0
+    if isinstance(sizes, (list, tuple)) and len(sizes) == 2 and sizes[0] == sizes[1] and axis == -1:
+        whole: Node = split.args[0]
+        return whole
     return None
 
 
@@ -139,5 +217,5 @@ def _erase(graph: Graph, node: Node) -> None:
 
 _PURE = {
     aten.mul.Tensor, aten.to.dtype, aten.rsqrt.default, aten.add.Tensor, aten.mean.dim, aten.pow.Tensor_Scalar,
-    aten.silu.default, operator.getitem, aten.split_with_sizes.default,
+    aten.silu.default, aten.gelu.default, operator.getitem, aten.split_with_sizes.default,
 }  # fmt: skip

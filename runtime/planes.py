@@ -45,20 +45,38 @@ class Planes:
 class Source:
     """What a lift kernel makes of its input before it lifts it, rounding to the dtype of x after every step.
 
-    `op` is one of LIFT_OPS: x itself; gain (features,) * (x * rsqrt(mean x^2 + eps)) ; silu(gate) * up, where x holds
-    gate and up one after the other.
+    `op` is one of LIFT_OPS: x itself; gain (features,) * (x * rsqrt(mean x^2 + eps)); silu(gate) * up, where x holds
+    gate and up one after the other; LayerNorm, rounded once, where `gain` (2 features,) holds gain and shift one after
+    the other; gelu, by `choice` 0 gelu(gate) * up, 1 the same with the tanh approximation, 2 gelu(x), 3 the same with
+    the approximation.
     """
 
     op: str = "lift_planes"
     gain: Tensor | None = None
     eps: float = 0.0
+    choice: int = 0
+
+    @property
+    def paired(self) -> bool:
+        """Whether the input has two values, of gate and of up, for every feature."""
+        return self.op == "lift_planes_gate" or (self.op == "lift_planes_gelu" and self.choice < 2)
+
+    def fits(self, x: Tensor, features: int) -> bool:
+        """Whether x (..., width) and the gain are of the shapes and dtype that so many features need."""
+        gains = {"lift_planes_norm": features, "lift_planes_layer": 2 * features}.get(self.op)
+        if x.shape[-1] != features * (2 if self.paired else 1) or self.choice not in range(4):
+            return False
+        if self.gain is None or gains is None:
+            return self.gain is None and gains is None
+        return self.gain.dtype == x.dtype and self.gain.shape == (gains,)
 
 
-LIFT_OPS = ("lift_planes", "lift_planes_norm", "lift_planes_gate")
+LIFT_OPS = ("lift_planes", "lift_planes_norm", "lift_planes_gate", "lift_planes_layer", "lift_planes_gelu")
 LIFTS = ("lift_planes_grouped", "lift_planes")
 """Kernels of the lift of x itself; of those for as many tokens and factors as large the first of these is preferred."""
 
 PLAIN, GATED = Source(), Source("lift_planes_gate")
+GELUS = tuple(Source("lift_planes_gelu", choice=choice) for choice in range(4))
 
 
 class PlaneKernels:
@@ -109,13 +127,13 @@ class PlaneKernels:
         """Planes and z_scale f32 (..., 1) of what `source` makes of x, or None where no kernel takes this call."""
         width = x.shape[-1] if x.dim() else 0
         tokens = x.numel() // width if width else 0
-        features = width // 2 if source.op == GATED.op else width
+        features = width // 2 if source.paired else width
         if not 0 < tokens <= self.most_tokens or left.dim() != 2 or right.dim() != 2:
             return None
         t1, t2 = left.shape[0], right.shape[0]
         if features > t1 * t2 or features % 8 or t2 % 8 or not left.dtype == right.dtype == torch.float32:
             return None
-        if source.gain is not None and (source.gain.dtype != x.dtype or source.gain.shape != (features,)):
+        if not source.fits(x, features):
             return None
         for spec, function in self._lift.get((source.op, x.dtype), ()):
             if spec.accepts(tokens, 0, 0) and t1 <= spec.most_left and t2 <= spec.most_right:
@@ -145,7 +163,7 @@ class PlaneKernels:
         )
         gain = self._one_of(device, x.dtype) if source.gain is None else _vectors(source.gain)
         arguments = (_vectors(x.reshape(tokens, -1)), gain, scale, bound, left_words, right_words)
-        sizes = (source.eps, groups * parts, row_blocks, t1, t2, lifted)
+        sizes = (source.eps, groups * parts, row_blocks, t1, t2, lifted, source.choice)
         try:
             function(*arguments, planes.data, planes.totals, z_scale, *sizes)
         except _REFUSALS as error:

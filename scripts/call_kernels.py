@@ -13,10 +13,12 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.functional import gelu, layer_norm, silu
 
 from liftc import reference
 from liftc.errors import LiftcError
@@ -27,7 +29,7 @@ from liftc.runtime.fused_lifts import FusedLifts
 from liftc.runtime.kernels import Kernels, load_kernels
 from liftc.runtime.operands import MOST_STEP_ERROR, planes_to_z
 from liftc.runtime.ops import WEIGHT_FIRST_TOKENS, Ops
-from liftc.runtime.planes import LIFTS, Planes
+from liftc.runtime.planes import LIFT_OPS, LIFTS, Planes
 from liftc.runtime.tiles import PRODUCTS
 from liftc.runtime.whiten import Whitening
 from liftc.spec import DTYPE_NAMES, DTYPES, Z_MAX, transform_shape
@@ -118,6 +120,7 @@ def products(ops: Ops, most: int, dtype: torch.dtype) -> Iterator[Check]:
 def lifts(ops: Ops, function: KernelFunction, most: int, dtype: torch.dtype) -> Iterator[Check]:
     """Lifts to planes or z, and the product of a lift's planes: columns past the last one are not written."""
     fused, op = FusedLifts(ops), function.op
+    choices = range(4) if op == "lift_planes_gelu" else (0,)
     for features, fmt in LIFTED:
         t1, t2 = transform_shape(features, fmt)
         if op.startswith("lift_planes") and (t1 > function.most_left or t2 > function.most_right):
@@ -126,8 +129,9 @@ def lifts(ops: Ops, function: KernelFunction, most: int, dtype: torch.dtype) -> 
         on_gpu = (left.to(GPU), right.to(GPU))
         packed, scale = signs_and_scale(47, t1 * right.shape[1])
         for tokens in sorted({1, max(1, most - 1), most}):
-            for in_scale in (None, random(features).abs() + 0.5):
-                given = random(tokens, features * (2 if op.endswith("gate") else 1)).to(dtype).to(GPU)
+            for in_scale, choice in product((None, random(features).abs() + 0.5), choices):
+                paired = op.endswith("gate") or (op.endswith("gelu") and choice < 2)
+                given = random(tokens, features * (2 if paired else 1)).to(dtype).to(GPU)
                 gain = random(features).to(dtype).to(GPU)
                 factor = None if in_scale is None else in_scale.to(GPU)
                 x = given
@@ -135,14 +139,22 @@ def lifts(ops: Ops, function: KernelFunction, most: int, dtype: torch.dtype) -> 
                     wide = given.float()
                     x = gain * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)).to(dtype)
                     operand, step = fused.norm(given, gain, 1e-5, dtype, factor, *on_gpu)
+                elif op == "lift_planes_layer":
+                    shift = random(features, seed=1).to(dtype).to(GPU)
+                    x = layer_norm(given.double(), (features,), gain.double(), shift.double(), 1e-5).to(dtype)
+                    operand, step = fused.layer_norm(given, gain, shift, 1e-5, factor, *on_gpu)
                 elif op == "lift_planes_gate":
-                    x = torch.nn.functional.silu(given[:, :features]) * given[:, features:]
+                    x = silu(given[:, :features]) * given[:, features:]
                     operand, step = fused.gate(given, factor, *on_gpu)
+                elif op == "lift_planes_gelu":
+                    x = gelu(given[:, :features], approximate="tanh" if choice % 2 else "none")
+                    x = x * given[:, features:] if paired else x
+                    operand, step = fused.gelu(given, choice, factor, *on_gpu)
                 elif op in LIFTS:
                     operand, step = ops.lift_operands(given, factor, *on_gpu)
                 else:
                     operand, step = ops.lift(given, factor, *on_gpu)
-                text = f"{features} features {fmt}, {tokens} tokens, scale {in_scale is not None}"
+                text = f"{features} features {fmt}, {tokens} tokens, scale {in_scale is not None}, choice {choice}"
                 if isinstance(operand, Planes) != op.startswith("lift_planes"):
                     yield f"{text}: not taken", False
                     continue
@@ -242,7 +254,7 @@ def all_checks(caller: Caller) -> Iterator[tuple[str, Iterator[Check]]]:
     """What is called, and its checks."""
     kernels = caller.kernels
     ops = Ops(kernels)
-    for op in (*PRODUCTS, *LIFTS, "lift_planes_norm", "lift_planes_gate", "lift"):
+    for op in (*PRODUCTS, *LIFTS, *(op for op in LIFT_OPS if op not in LIFTS), "lift"):
         for function in kernels.of(op):
             alone = caller.only(op, function.symbol)
             dtype, most = DTYPES.get(function.dtype, torch.bfloat16), function.max_tokens or 16

@@ -24,7 +24,7 @@ def factors(in_features: int, fmt: LiftFormat) -> tuple[torch.Tensor, torch.Tens
 def launch(
     emulated: Emulated, symbol: str, threads: int, groups: int, row_blocks: int, column_blocks: int,
     x: torch.Tensor, in_scale: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor, pieces: int = 4,
-    gain: torch.Tensor | None = None, columns: int = 0,
+    gain: torch.Tensor | None = None, columns: int = 0, choice: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Planes, sums of z and z_scale of one launch of `groups` blocks for each part of T* x.
 
@@ -47,7 +47,7 @@ def launch(
         totals=totals, z_scale=z_scale, grid=parts * groups, row_blocks=row_blocks, t1=left.shape[0], t2=t2, C=lifted,
         m=tokens, IC=features, XC=features, SC=scale.numel(), NT=left_words.shape[0], KA=left_words.shape[1],
         CT=right_words.shape[0], KJ=right_words.shape[1], KB=blocks, COLS=columns, PIECES=pieces, WIDE=256 // pieces,
-        P=parts,
+        P=parts, choice=choice,
     )  # fmt: skip
     return planes, totals.sum(0, dtype=torch.int32), z_scale
 
@@ -70,15 +70,43 @@ def check(
 
 
 def before_lift(
-    tokens: int, features: int, form: str, dtype: torch.dtype, generator: torch.Generator
+    tokens: int, features: int, form: str, dtype: torch.dtype, generator: torch.Generator, choice: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """What a lift behind a norm or a gate reads, the gain of a norm, and what separate operations lift."""
-    given = torch.randn(tokens, features * (1 + (form == "gate")), generator=generator).to(dtype)
+    """What a lift behind a norm, a gate or a GELU reads, its gain (and shift), and what separate operations lift.
+
+    Tokens of a LayerNorm are 30 away from 0, at a spread of 1.
+    """
+    paired = form == "gate" or (form == "gelu" and choice < 2)
+    given = torch.randn(tokens, features * (1 + paired), generator=generator)
+    if form == "gelu":
+        given = (given * 2).to(dtype)
+        return given, None, gelu_of(given, choice)
     if form == "gate":
+        given = given.to(dtype)
         return given, None, torch.nn.functional.silu(given[:, :features]) * given[:, features:]
     gain = (torch.rand(features, generator=generator) + 0.5).to(dtype)
+    if form == "layer":
+        given = (given + 30).to(dtype)
+        shift = torch.randn(features, generator=generator).to(dtype)
+        return given, torch.cat([gain, shift]), layer_norm_of(given, gain, shift)
+    given = given.to(dtype)
     wide = given.float()
     return given, gain, gain * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)).to(dtype)
+
+
+def layer_norm_of(x: torch.Tensor, gain: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """LayerNorm in float64, rounded once."""
+    wide = x.double()
+    away = wide - wide.mean(-1, keepdim=True)
+    root = torch.rsqrt(away.pow(2).mean(-1, keepdim=True) + EPS)
+    return (away * root * gain.double() + shift.double()).to(x.dtype)
+
+
+def gelu_of(x: torch.Tensor, choice: int) -> torch.Tensor:
+    """gelu(gate) * up (choice 0 and 1) or gelu(x) (2 and 3) in float64, rounded after each of the two operations."""
+    gate, up = x.chunk(2, -1) if choice < 2 else (x, None)
+    made = torch.nn.functional.gelu(gate.double(), approximate="tanh" if choice % 2 else "none").to(x.dtype)
+    return made if up is None else (made.double() * up.double()).to(x.dtype)
 
 
 def check_fused(

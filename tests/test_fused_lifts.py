@@ -1,4 +1,4 @@
-"""Which norms and gates a loaded graph hands to its lifts, and that it computes the same."""
+"""Which norms, gates and GELUs a loaded graph hands to its lifts, and that it computes the same."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch.fx import Graph, Node
 
 from liftc import env, reference
 from liftc.runtime.executor import BoundGraph
-from liftc.runtime.fused_lifts import fuse
-from liftc.runtime.planes import GATED, Source
+from liftc.runtime.fused_lifts import FusedLifts, fuse
+from liftc.runtime.planes import GATED, GELUS, Source
 
 aten = torch.ops.aten
 FEATURES = 12
@@ -29,7 +29,15 @@ class PlanesOfTests:
         if x.shape[0] != 1:
             return None
         self.sources.append(source)
-        if source.gain is not None:
+        if source.op == "lift_planes_layer":
+            assert source.gain is not None
+            gain, shift = source.gain.chunk(2)
+            x = torch.nn.functional.layer_norm(x, gain.shape, gain, shift, source.eps)
+        elif source.op == "lift_planes_gelu":
+            gate, up = x.chunk(2, -1) if source.choice < 2 else (x, None)
+            x = torch.nn.functional.gelu(gate, approximate="tanh" if source.choice % 2 else "none")
+            x = x if up is None else x * up
+        elif source.gain is not None:
             wide = x.float()
             x = source.gain * (wide * torch.rsqrt((wide * wide).mean(-1, keepdim=True) + source.eps)).to(
                 x.dtype
@@ -52,6 +60,7 @@ def tensors(dtype: torch.dtype) -> dict[str, torch.Tensor]:
     g = torch.Generator().manual_seed(0)
     return {
         "gain": (torch.rand(FEATURES, generator=g) + 0.5).to(dtype),
+        "shift": torch.randn(FEATURES, generator=g).to(dtype),
         "left": torch.randn(3, 3, generator=g),
         "right": torch.randn(4, 6, generator=g),
     }
@@ -72,6 +81,52 @@ def gate(graph: Graph, x: Node, sizes: tuple[int, int] = (FEATURES, FEATURES), f
     split = call(aten.split_with_sizes.default, (x, list(sizes), -1))
     left = call(aten.silu.default, (call(operator.getitem, (split, first)),))
     return call(aten.mul.Tensor, (left, call(operator.getitem, (split, 1 - first))))
+
+
+def layer_norm(graph: Graph, x: Node, *changes: Any, shifted: bool = True) -> Node:
+    """As it is captured; `changes`: arguments in place of the shape, gain, shift and eps."""
+    shift = graph.get_attr("shift") if shifted else None
+    usual = ([FEATURES], graph.get_attr("gain"), shift, 1e-5, False)
+    return graph.call_function(aten.layer_norm.default, (x, *changes, *usual[len(changes) :]))
+
+
+def gelu(graph: Graph, x: Any, mode: str = "none") -> Node:
+    return graph.call_function(aten.gelu.default, (x,), {"approximate": mode} if mode != "none" else {})
+
+
+def gelu_gate(
+    graph: Graph,
+    x: Node,
+    mode: str = "none",
+    swapped: bool = False,
+    first: int = 0,
+    sizes: Any = None,
+    axis: int = -1,
+) -> Node:
+    call = graph.call_function
+    split = call(aten.split_with_sizes.default, (x, sizes or [FEATURES, FEATURES], axis))
+    factors = (
+        gelu(graph, call(operator.getitem, (split, first)), mode),
+        call(operator.getitem, (split, 1 - first)),
+    )
+    return call(aten.mul.Tensor, factors[::-1] if swapped else factors)
+
+
+LAYERS: dict[str, tuple[bool, Callable[[Graph, Node], Node]]] = {
+    "layer norm": (True, layer_norm),
+    "layer norm without a shift": (False, lambda g, x: layer_norm(g, x, shifted=False)),
+    "layer norm with few arguments": (
+        False,
+        lambda g, x: g.call_function(aten.layer_norm.default, (x, [FEATURES], g.get_attr("gain"))),
+    ),
+}
+GATES: dict[str, tuple[int, Callable[[Graph, Node], Node]]] = {
+    "gelu gate": (0, gelu_gate),
+    "gelu gate with swapped factors": (0, lambda g, x: gelu_gate(g, x, swapped=True)),
+    "tanh gelu gate": (1, lambda g, x: gelu_gate(g, x, "tanh")),
+    "gelu": (2, gelu),
+    "tanh gelu": (3, lambda g, x: gelu(g, x, "tanh")),
+}
 
 
 def build(
@@ -117,6 +172,49 @@ def test_fused_graphs_compute_the_same(what: str, lifts: int, dtype: torch.dtype
         )  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("lifts", [1, 2])
+@pytest.mark.parametrize("what", [*LAYERS, *GATES])
+def test_fused_layer_norms_and_gelus_compute_the_same(what: str, lifts: int, dtype: torch.dtype) -> None:
+    ops = OpsOfTests()
+    kind, make = GATES[what] if what in GATES else LAYERS[what]
+    width = FEATURES * (2 if "gate" in what else 1)
+    graph, held = build(ops, make, lifts), tensors(dtype)
+    before = BoundGraph(graph, held, torch.device("cpu"))
+    assert fuse(graph, ops) == lifts  # type: ignore[arg-type]
+    targets = {n.target for n in graph.nodes}
+    assert not targets & {aten.mul.Tensor, aten.layer_norm.default, aten.gelu.default}
+    after = BoundGraph(graph, held, torch.device("cpu"))
+    for rows in (1, 3):  # taken by the kernels of this test, and done by separate operations
+        x = torch.randn(rows, width, generator=torch.Generator().manual_seed(rows)).to(dtype)
+        for got, want in zip(after.call(x), before.call(x), strict=True):
+            assert torch.equal(got, want)
+    assert len(ops.planes.sources) == lifts
+    for source in ops.planes.sources:
+        if what in GATES:
+            assert source == GELUS[kind]
+        else:
+            shift = held["shift"] if kind else torch.zeros_like(held["gain"])
+            assert source.op == "lift_planes_layer" and source.eps == 1e-5 and source.gain is not None
+            assert torch.equal(source.gain, torch.cat([held["gain"], shift]))
+
+
+def test_gain_and_shift_are_joined_once() -> None:
+    ops, held = OpsOfTests(), tensors(torch.bfloat16)
+    fused = FusedLifts(ops)  # type: ignore[arg-type]
+    x = torch.ones(1, FEATURES, dtype=torch.bfloat16)
+    for shift in (held["shift"], None):
+        ops.planes.sources.clear()
+        for _ in range(2):
+            fused.layer_norm(x, held["gain"], shift, 1e-5, None, held["left"], held["right"])
+        first, second = (source.gain for source in ops.planes.sources)
+        assert first is second
+    held["gain"] += 1
+    fused.layer_norm(x, held["gain"], None, 1e-5, None, held["left"], held["right"])
+    changed = ops.planes.sources[-1].gain
+    assert changed is not None and torch.equal(changed[:FEATURES], held["gain"]), "made again when it changes"
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -125,6 +223,19 @@ def test_fused_graphs_compute_the_same(what: str, lifts: int, dtype: torch.dtype
         lambda g, x: g.call_function(aten.mul.Tensor, (x, x)),
         lambda g, x: g.call_function(aten.add.Tensor, (norm(g, x, torch.bfloat16), x)),
         lambda g, x: x,
+        # LayerNorm over two axes, with a gain or a shift that is computed, without a gain, with something after it
+        lambda g, x: layer_norm(g, x, [3, FEATURES]),
+        lambda g, x: layer_norm(g, x, [FEATURES], x),
+        lambda g, x: layer_norm(g, x, [FEATURES], g.get_attr("gain"), x),
+        lambda g, x: layer_norm(g, x, [FEATURES], None),
+        lambda g, x: g.call_function(aten.add.Tensor, (layer_norm(g, x), x)),
+        # gelu of the second half, of halves of other sizes or of another axis, and times something else
+        lambda g, x: gelu_gate(g, x, first=1),
+        lambda g, x: gelu_gate(g, x, sizes=[FEATURES + 4, FEATURES - 4]),
+        lambda g, x: gelu_gate(g, x, axis=0),
+        lambda g, x: g.call_function(aten.mul.Tensor, (gelu(g, x), x)),
+        lambda g, x: g.call_function(aten.mul.Tensor, (gelu(g, x), 2.0)),
+        lambda g, x: gelu(g, x, "other"),
     ],
 )
 def test_other_inputs_stay(make: Callable[[Graph, Node], Node]) -> None:
@@ -132,6 +243,34 @@ def test_other_inputs_stay(make: Callable[[Graph, Node], Node]) -> None:
     graph = build(ops, make)
     nodes = len(graph.nodes)
     assert fuse(graph, ops) == 0 and len(graph.nodes) == nodes  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("make", [layer_norm, gelu, gelu_gate, gate], ids=lambda make: make.__name__)
+def test_what_others_read_stays(make: Callable[[Graph, Node], Node]) -> None:
+    ops = OpsOfTests()
+    graph = build(ops, make, returned=True)
+    nodes = len(graph.nodes)
+    assert fuse(graph, ops) == 0 and len(graph.nodes) == nodes  # type: ignore[arg-type]
+
+
+def test_gelu_in_a_gate_that_others_read_is_computed_for_them() -> None:
+    """The product is only the lift's, the gelu is not: it stays, and the lift takes gate and up."""
+    ops, seen = OpsOfTests(), []
+
+    def make(graph: Graph, x: Node) -> Node:
+        made = gelu_gate(graph, x)
+        seen.append(made.args[0])
+        return made
+
+    graph = build(ops, make)
+    (output,) = (n for n in graph.nodes if n.op == "output")
+    output.args = ((*output.args[0], seen[0]),)
+    before = BoundGraph(graph, tensors(torch.bfloat16), torch.device("cpu"))
+    assert fuse(graph, ops) == 1  # type: ignore[arg-type]
+    assert [n for n in graph.nodes if n.target is aten.gelu.default] == seen
+    x = torch.randn(1, 2 * FEATURES, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    after = BoundGraph(graph, tensors(torch.bfloat16), torch.device("cpu"))
+    assert all(torch.equal(a, b) for a, b in zip(after.call(x), before.call(x), strict=True))
 
 
 def test_a_norm_that_others_read_stays() -> None:
@@ -148,6 +287,24 @@ def test_a_norm_to_another_dtype_is_done_by_separate_operations() -> None:
     assert fuse(graph, ops) == 1  # type: ignore[arg-type]
     got = BoundGraph(graph, held, torch.device("cpu")).call(x)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)) and not ops.planes.sources
+
+
+def test_a_layer_norm_of_several_dtypes_is_done_by_separate_operations() -> None:
+    ops = OpsOfTests()
+    graph, held = build(ops, layer_norm), tensors(torch.float32)
+    for dtype in (torch.float32, torch.bfloat16):  # of x: no kernels; and of half of the operands only
+        x = torch.randn(1, FEATURES, generator=torch.Generator().manual_seed(1)).to(dtype)
+        arguments = (held["gain"], held["shift"], 1e-5, None, held["left"], held["right"])
+        if dtype == torch.float32:
+            want = BoundGraph(graph, held, torch.device("cpu")).call(x)
+            got = FusedLifts(ops).layer_norm(x, *arguments)  # type: ignore[arg-type]
+            assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        else:
+            fused = FusedLifts(ops)  # type: ignore[arg-type]
+            assert fused._gain_and_shift(x, held["gain"].to(dtype), held["shift"]) is None
+            assert fused._gain_and_shift(x, held["gain"], held["shift"].to(dtype)) is None
+            assert fused._gain_and_shift(x, held["gain"].to(dtype), held["shift"][:4].to(dtype)) is None
+    assert not ops.planes.sources
 
 
 def test_lifts_are_fused_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,10 +20,17 @@ from operand_layouts import group_planes, planes_of, z_of
 
 from liftc.kernel_object import KernelFunction
 from liftc.runtime.kernels import Kernels
-from liftc.runtime.planes import PlaneKernels
+from liftc.runtime.planes import PlaneKernels, Source
 
 pytest.importorskip("tvm", reason="kernels are built with TVM")
-from liftc.codegen import library, lift_device, tensorcore_device, warpgroup_lift, warpgroup_lift_device
+from liftc.codegen import (
+    library,
+    lift_device,
+    lift_forms_device,
+    tensorcore_device,
+    warpgroup_lift,
+    warpgroup_lift_device,
+)
 from liftc.codegen.build_cuda import tirx_source
 from liftc.codegen.default_knobs import BINARY_KNOBS, GROUP_LIFT_KNOBS, LIFT_KNOBS
 from liftc.codegen.knobs import GroupLiftKnobs
@@ -89,7 +96,8 @@ def lacking(source: str) -> str:
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Emulated:
     source = generated_source()
     helpers = "".join(getattr(lift_device, name) for name in ("SPLIT", "WARP_SUM", "Z_SCALE"))
-    helpers += tensorcore_device.WARP_ADD + warpgroup_lift_device.READ_X8 + warpgroup_lift_device.Z_WORDS
+    helpers += lift_forms_device.FORMS + tensorcore_device.WARP_ADD
+    helpers += warpgroup_lift_device.READ_X8 + warpgroup_lift_device.Z_WORDS
     for columns in sorted({16 * knobs.tiles for knobs in KNOBS.values()}):
         for text in (warpgroup_lift_device.STORE_MIXED, warpgroup_lift_device.STORE_GROUP_Z):
             helpers += warpgroup_lift_device.fill(text, columns)
@@ -210,8 +218,12 @@ def test_the_emulator_sees_what_a_kernel_lacks(compiled: Emulated) -> None:
         assert not (torch.equal(planes, others) and torch.equal(totals, other_totals)), lack
 
 
-def test_the_runtime_prefers_lifts_on_warp_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the kernels of one object: by tokens, then by factors, then these before others, with their own grid."""
+Calls = list[tuple[KernelFunction, tuple[object, ...]]]
+
+
+@pytest.fixture
+def library_planes(monkeypatch: pytest.MonkeyPatch) -> tuple[PlaneKernels, Calls]:
+    """Planes of the kernels of an object for sm_90a, and their calls, which do nothing."""
     hopper = ("hopper", ("sm_90a",))
     templates = [
         *library.lift_templates(*hopper, LIFT_KNOBS["hopper"]),
@@ -221,12 +233,17 @@ def test_the_runtime_prefers_lifts_on_warp_groups(monkeypatch: pytest.MonkeyPatc
     ]
     functions = [template.function for template in templates]
     assert len({f.symbol for f in functions}) == len(functions)
-    calls: list[tuple[KernelFunction, tuple[object, ...]]] = []
+    calls: Calls = []
     callables = {f.symbol: lambda *arguments, f=f: calls.append((f, arguments)) for f in functions}
     kernels = SimpleNamespace(functions=callables, of=lambda op: [f for f in functions if f.op == op])
     products = tuple(f for f in functions if f.op == "sign_matmul_binary")
-    planes = PlaneKernels(cast(Kernels, kernels), products)
     monkeypatch.setattr(PlaneKernels, "_processors_of", lambda self, device: 132)
+    return PlaneKernels(cast(Kernels, kernels), products), calls
+
+
+def test_the_runtime_prefers_lifts_on_warp_groups(library_planes: tuple[PlaneKernels, Calls]) -> None:
+    """Of the kernels of one object: by tokens, then by factors, then these before others, with their own grid."""
+    planes, calls = library_planes
     for tokens, t1, t2, lifted, want in (
         (1, 64, 64, 40, ""), (2, 64, 128, 40, ""), (2, 65, 64, 40, "4_128x128"), (4, 128, 200, 60, "4_128x224"),
         (4, 129, 64, 40, ""), (5, 64, 64, 29, "8_64x64"), (8, 64, 72, 28, "8_64x128"), (6, 100, 128, 90, "8_128x128"),
@@ -242,5 +259,48 @@ def test_the_runtime_prefers_lifts_on_warp_groups(monkeypatch: pytest.MonkeyPatc
         if want:
             assert function.symbol == f"lift_planes_grouped_hopper_bf16_{want}"
             blocks = -(-lifted // function.block_columns)
-            assert arguments[10:] == (blocks * tokens, 1, t1, t2, lifted)
+            assert arguments[10:] == (blocks * tokens, 1, t1, t2, lifted, 0)
             assert cast(torch.Tensor, arguments[7]).shape == (blocks, tokens)
+
+
+def test_the_runtime_passes_layer_norms_and_gelus(library_planes: tuple[PlaneKernels, Calls]) -> None:
+    planes, calls = library_planes
+    left, right = operands(40, 64, 29)
+    x = torch.ones(3, 2560, dtype=torch.bfloat16)
+    both = torch.rand(5120).to(torch.bfloat16)
+    assert planes.lift(x, None, left, right, Source("lift_planes_layer", both, 1e-6)) is not None
+    function, arguments = calls.pop()
+    assert function.op == "lift_planes_layer" and (arguments[9], arguments[15]) == (1e-6, 0)
+    assert torch.equal(cast(torch.Tensor, arguments[1]), both)
+    for choice, width in enumerate((5120, 5120, 2560, 2560)):
+        given = torch.ones(3, width, dtype=torch.bfloat16)
+        assert planes.lift(given, None, left, right, Source("lift_planes_gelu", choice=choice)) is not None
+        function, arguments = calls.pop()
+        assert function.op == "lift_planes_gelu" and arguments[15] == choice
+
+
+@pytest.mark.parametrize(
+    "source, width, dtype",
+    [
+        (Source("lift_planes_layer", torch.ones(2560, dtype=torch.bfloat16)), 2560, torch.bfloat16),
+        (Source("lift_planes_layer", torch.ones(2, 2560, dtype=torch.bfloat16)), 2560, torch.bfloat16),
+        (Source("lift_planes_layer", torch.ones(5120, dtype=torch.float16)), 2560, torch.bfloat16),
+        (Source("lift_planes_layer", torch.ones(5120)), 2560, torch.float32),
+        (Source("lift_planes_layer"), 2560, torch.bfloat16),
+        (Source("lift_planes_norm", torch.ones(5120, dtype=torch.bfloat16)), 2560, torch.bfloat16),
+        (Source("lift_planes_norm"), 2560, torch.bfloat16),
+        (Source("lift_planes_gelu", choice=4), 2560, torch.bfloat16),
+        (Source("lift_planes_gelu", choice=-1), 2560, torch.bfloat16),
+        (Source("lift_planes_gelu", choice=2), 2560, torch.float32),
+        (Source("lift_planes_gelu", choice=2), 5120, torch.bfloat16),
+        (Source("lift_planes_gelu", torch.ones(2560, dtype=torch.bfloat16), choice=2), 2560, torch.bfloat16),
+        (Source("lift_planes_gelu"), 2561, torch.bfloat16),
+        (Source("lift_planes_gate"), 2561, torch.bfloat16),
+    ],
+)
+def test_the_runtime_leaves_what_no_form_takes(
+    library_planes: tuple[PlaneKernels, Calls], source: Source, width: int, dtype: torch.dtype
+) -> None:
+    planes, calls = library_planes
+    left, right = operands(40, 64, 29)
+    assert planes.lift(torch.ones(3, width, dtype=dtype), None, left, right, source) is None and not calls

@@ -176,18 +176,68 @@ def test_lifts_behind_norms_and_gates(ops: Ops, in_features: int, dtype: torch.d
         normed = gain * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)).to(dtype)
         pair = torch.cat([x, x.flip(-1)], -1)
         gated = torch.nn.functional.silu(x) * x.flip(-1)
-        for (planes, z_scale), plain in (
+        check_fused(ops, tokens, scale, left, right, [
             (fused.norm(x, gain, 1e-5, dtype, scale, left, right), normed),
             (fused.gate(pair, scale, left, right), gated),
-        ):
-            assert isinstance(planes, Planes), "no kernel took it"
-            want, want_scale = ops.lift_operands(plain, scale, left, right)
-            assert isinstance(want, Planes)
-            torch.testing.assert_close(z_scale, want_scale, rtol=1e-4, atol=0)
-            z, plain_z = (z_of(p.data, tokens, p.columns).int() for p in (planes, want))
-            away = (z - plain_z).abs()  # roundings of x that differ by a bit move z by a step or a few
-            assert float(away.float().mean()) < 0.1 and int(away.max()) <= 16
-            assert torch.equal(planes.totals.sum(0, dtype=torch.int32), z.sum(1, dtype=torch.int32))
+        ])  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("in_features", [576, 8192, 16384])
+def test_lifts_behind_layer_norms_and_gelus(ops: Ops, in_features: int, dtype: torch.dtype) -> None:
+    """Tokens 30 away from 0; 16384 features do not wait in registers between the two passes of the norm."""
+    fused = FusedLifts(ops)
+    for tokens in (1, 3, 7, 16):
+        x, scale, left, right = lift_operands((1, tokens), in_features, LiftFormat(77, 32))
+        far, gain, shift = (x + 30).to(dtype), (scale + 0.25).to(dtype), (scale.flip(0) - 0.5).to(dtype)
+        wide, shape = far.double(), (in_features,)
+        normed = [
+            torch.nn.functional.layer_norm(wide, shape, gain.double(), bias, 1e-5).to(dtype)
+            for bias in (shift.double(), None)
+        ]
+        x = (2 * x).to(dtype)
+        pair = torch.cat([x, x.flip(-1)], -1)
+        gelus = [
+            torch.nn.functional.gelu(x.double(), approximate=mode).to(dtype) for mode in ("none", "tanh")
+        ]
+        check_fused(ops, tokens, scale, left, right, [
+            (fused.layer_norm(far, gain, shift, 1e-5, scale, left, right), normed[0]),
+            (fused.layer_norm(far, gain, None, 1e-5, scale, left, right), normed[1]),
+            *((fused.gelu(pair, c, scale, left, right), gelus[c] * x.flip(-1)) for c in range(2)),
+            *((fused.gelu(x, c, scale, left, right), gelus[c - 2]) for c in range(2, 4)),
+        ])  # fmt: skip
+
+
+def test_fused_lifts_of_nan_and_infinite_tokens(ops: Ops) -> None:
+    fused = FusedLifts(ops)
+    x, _, left, right = lift_operands((5,), 576, LiftFormat(19, 8))
+    x = x.to(torch.float16)
+    x[1, 5], x[2, 69], x[3, 0] = torch.nan, -torch.inf, torch.inf
+    ones = torch.ones_like(x[0])
+    made = [fused.layer_norm(x, ones, ones, 1e-5, None, left, right)]
+    made += [fused.gelu(torch.cat([x, ones.expand(5, -1)], -1), c, None, left, right) for c in range(2)]
+    made += [fused.gelu(x, c, None, left, right) for c in range(2, 4)]
+    for planes, z_scale in made:
+        assert isinstance(planes, Planes), "no kernel took it"
+        z = z_of(planes.data, 5, planes.columns)
+        assert not z[1:4].any() and z_scale[1:4].isnan().all()
+        assert z[0].any() and z[4].any() and torch.isfinite(z_scale[[0, 4]]).all()
+
+
+def check_fused(
+    ops: Ops, tokens: int, scale: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor,
+    made: list[tuple[tuple[Planes | torch.Tensor, torch.Tensor], torch.Tensor]],
+) -> None:  # fmt: skip
+    """What fused forms made is the lift of what separate operations make, but for a bit of x now and then."""
+    for (planes, z_scale), plain in made:
+        assert isinstance(planes, Planes), "no kernel took it"
+        want, want_scale = ops.lift_operands(plain, scale, left, right)
+        assert isinstance(want, Planes)
+        torch.testing.assert_close(z_scale, want_scale, rtol=1e-4, atol=0)
+        z, plain_z = (z_of(p.data, tokens, p.columns).int() for p in (planes, want))
+        away = (z - plain_z).abs()  # roundings of x that differ by a bit move z by a step or a few
+        assert float(away.float().mean()) < 0.1 and int(away.max()) <= 16
+        assert torch.equal(planes.totals.sum(0, dtype=torch.int32), z.sum(1, dtype=torch.int32))
 
 
 def test_products_of_operands_equal_products_of_z(ops: Ops) -> None:
