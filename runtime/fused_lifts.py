@@ -95,8 +95,11 @@ class FusedLifts:
         return self._shifted(gain, shift) if (shift.dtype, shift.shape) == (x.dtype, gain.shape) else None
 
 
-def fuse(graph: Graph, ops: Ops) -> int:
-    """Rewrite the lift_operands calls of a graph whose x is a norm, a gate or a GELU that only they read; how many."""
+def fuse(graph: Graph, ops: Ops, timed_only: bool = False) -> int:
+    """Rewrite the lift_operands calls of a graph whose x is a norm, a gate or a GELU that only they read; how many.
+
+    timed_only: RMS norms and SiLU gates, not LayerNorm and GELU.
+    """
     fused, count = FusedLifts(ops), 0
     for node in list(graph.nodes):
         if node.target != ops.lift_operands or node.kwargs:
@@ -108,6 +111,8 @@ def fuse(graph: Graph, ops: Ops) -> int:
             node.target, node.args = fused.norm, (*found, *rest)
         elif (halves := _gate_input(x)) is not None:
             node.target, node.args = fused.gate, (halves, *rest)
+        elif timed_only:
+            continue
         elif (layer := _layer_norm_input(x)) is not None:
             node.target, node.args = fused.layer_norm, (*layer, *rest)
         elif (chosen := _gelu_input(x)) is not None:
@@ -180,16 +185,18 @@ def _gelu_choice(node: Any) -> int | None:
 
 
 def _whole(gate: Any, up: Any) -> Node | None:
-    """The node of which these are the first and the second half of the last axis, as split_with_sizes makes them."""
+    """The node of which these are the first and the second half of the last axis, as a split or a chunk makes them."""
     if not (_calls(gate, operator.getitem) and _calls(up, operator.getitem)):
         return None
     split = gate.args[0]
-    if (gate.args, up.args) != ((split, 0), (split, 1)) or not _calls(split, aten.split_with_sizes.default):
+    if (gate.args, up.args) != ((split, 0), (split, 1)) or split.kwargs or split.args[2:] != (-1,):
         return None
-    sizes, axis = split.args[1], split.args[2] if len(split.args) > 2 else 0
-    if isinstance(sizes, (list, tuple)) and len(sizes) == 2 and sizes[0] == sizes[1] and axis == -1:
-        whole: Node = split.args[0]
-        return whole
+    whole, sizes, _ = split.args
+    halves = isinstance(sizes, (list, tuple)) and len(sizes) == 2 and sizes[0] == sizes[1]
+    if (_calls(split, aten.split_with_sizes.default) and halves) or (
+        _calls(split, aten.chunk.default) and sizes == 2
+    ):
+        return whole if isinstance(whole, Node) else None
     return None
 
 
@@ -217,5 +224,5 @@ def _erase(graph: Graph, node: Node) -> None:
 
 _PURE = {
     aten.mul.Tensor, aten.to.dtype, aten.rsqrt.default, aten.add.Tensor, aten.mean.dim, aten.pow.Tensor_Scalar,
-    aten.silu.default, aten.gelu.default, operator.getitem, aten.split_with_sizes.default,
+    aten.silu.default, aten.gelu.default, operator.getitem, aten.split_with_sizes.default, aten.chunk.default,
 }  # fmt: skip

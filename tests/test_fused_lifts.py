@@ -77,8 +77,15 @@ def norm(graph: Graph, x: Node, dtype: torch.dtype, swapped: bool = False) -> No
 
 
 def gate(graph: Graph, x: Node, sizes: tuple[int, int] = (FEATURES, FEATURES), first: int = 0) -> Node:
+    return gate_of(graph, graph.call_function(aten.split_with_sizes.default, (x, list(sizes), -1)), first)
+
+
+def chunk_gate(graph: Graph, x: Node, *count_and_axis: int) -> Node:
+    return gate_of(graph, graph.call_function(aten.chunk.default, (x, *(count_and_axis or (2, -1)))))
+
+
+def gate_of(graph: Graph, split: Node, first: int = 0) -> Node:
     call = graph.call_function
-    split = call(aten.split_with_sizes.default, (x, list(sizes), -1))
     left = call(aten.silu.default, (call(operator.getitem, (split, first)),))
     return call(aten.mul.Tensor, (left, call(operator.getitem, (split, 1 - first))))
 
@@ -145,13 +152,15 @@ def build(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("lifts", [1, 2])
-@pytest.mark.parametrize("what", ["norm", "norm with swapped factors", "gate"])
+@pytest.mark.parametrize("what", ["norm", "norm with swapped factors", "gate", "chunk gate"])
 def test_fused_graphs_compute_the_same(what: str, lifts: int, dtype: torch.dtype) -> None:
     ops = OpsOfTests()
-    width = FEATURES * (2 if what == "gate" else 1)
+    width = FEATURES * (2 if "gate" in what else 1)
 
     def make(graph: Graph, x: Node) -> Node:
-        return gate(graph, x) if what == "gate" else norm(graph, x, dtype, "swapped" in what)
+        if "gate" in what:
+            return gate(graph, x) if what == "gate" else chunk_gate(graph, x)
+        return norm(graph, x, dtype, "swapped" in what)
 
     graph, held = build(ops, make, lifts), tensors(dtype)
     before = BoundGraph(graph, held, torch.device("cpu"))
@@ -163,7 +172,7 @@ def test_fused_graphs_compute_the_same(what: str, lifts: int, dtype: torch.dtype
         for got, want in zip(after.call(x), before.call(x), strict=True):
             torch.testing.assert_close(got, want)
     assert len(ops.planes.sources) == lifts
-    if what == "gate":
+    if "gate" in what:
         assert ops.planes.sources[0] == GATED
     else:
         source = ops.planes.sources[0]
@@ -220,6 +229,9 @@ def test_gain_and_shift_are_joined_once() -> None:
     [
         lambda g, x: gate(g, x, (FEATURES + 4, FEATURES - 4)),
         lambda g, x: gate(g, x, first=1),
+        lambda g, x: chunk_gate(g, x, 3, -1),
+        lambda g, x: chunk_gate(g, x, 2, 1),
+        lambda g, x: chunk_gate(g, x, 2),
         lambda g, x: g.call_function(aten.mul.Tensor, (x, x)),
         lambda g, x: g.call_function(aten.add.Tensor, (norm(g, x, torch.bfloat16), x)),
         lambda g, x: x,
@@ -271,6 +283,13 @@ def test_gelu_in_a_gate_that_others_read_is_computed_for_them() -> None:
     x = torch.randn(1, 2 * FEATURES, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     after = BoundGraph(graph, tensors(torch.bfloat16), torch.device("cpu"))
     assert all(torch.equal(a, b) for a, b in zip(after.call(x), before.call(x), strict=True))
+
+
+@pytest.mark.parametrize("make", [layer_norm, gelu, gelu_gate], ids=lambda make: make.__name__)
+def test_what_has_not_been_timed_stays_when_asked(make: Callable[[Graph, Node], Node]) -> None:
+    ops = OpsOfTests()
+    graph = build(ops, make)
+    assert fuse(graph, ops, timed_only=True) == 0 and fuse(graph, ops) == 1  # type: ignore[arg-type]
 
 
 def test_a_norm_that_others_read_stays() -> None:
