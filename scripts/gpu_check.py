@@ -41,6 +41,9 @@ PARTS = ("tests", "model", "kernels", "sanitize")
 FOUND = 9
 """Exit code of compute-sanitizer that has found something."""
 
+FUSED = {"nothing": {"LIFTC_FUSED_LIFTS": "0"}, "usual": {}, "all": {"LIFTC_FUSE_ALL": "1"}}
+"""How a model is loaded for the comparison of generation: what its kernels take over (docs/kernels.md)."""
+
 CONTROL = {"memcheck": "Invalid __global__ read", "racecheck": "Race reported"}
 """What compute-sanitizer says of scripts/sanitizer_control.py."""
 
@@ -57,20 +60,28 @@ def run_tests() -> dict[str, Any]:
 
 
 def compare_generation(artifact: Path) -> dict[str, Any]:
-    """Greedy tokens and prefill logits of one artifact on GPU and CPU."""
+    """Greedy tokens and prefill logits of one artifact on GPU and CPU, and what is fused in between on the GPU."""
     prompt = list(range(2, 40))
-    gpu, cpu = liftc.load(artifact, "cuda"), liftc.load(artifact, "cpu")
-    ours, theirs = gpu.generate(prompt, 24, stop_tokens=()), cpu.generate(prompt, 24, stop_tokens=())
-    difference = (gpu(ours).cpu().float() - cpu(ours.cpu()).float()).abs().max()
-    torch.cuda.synchronize()
-    started = time.perf_counter()
-    count = len(list(gpu.stream(prompt, 64, stop_tokens=())))
-    torch.cuda.synchronize()
-    return {
-        "tokens_equal": bool(torch.equal(ours.cpu(), theirs)),
-        "largest_logit_difference": float(difference),
-        "tokens_per_second": count / (time.perf_counter() - started),
-    }
+    cpu = liftc.load(artifact, "cpu")
+    theirs = cpu.generate(prompt, 24, stop_tokens=())
+    answer: dict[str, Any] = {}
+    for name, setting in FUSED.items():
+        os.environ.update(setting)
+        gpu = liftc.load(artifact, "cuda", check=False)
+        for variable in setting:
+            del os.environ[variable]
+        ours = gpu.generate(prompt, 24, stop_tokens=())
+        difference = (gpu(ours).cpu().float() - cpu(ours.cpu()).float()).abs().max()
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        count = len(list(gpu.stream(prompt, 64, stop_tokens=())))
+        torch.cuda.synchronize()
+        answer[name] = {
+            "tokens_equal": bool(torch.equal(ours.cpu(), theirs)),
+            "largest_logit_difference": float(difference),
+            "tokens_per_second": count / (time.perf_counter() - started),
+        }
+    return answer
 
 
 def compare_quantizer() -> dict[str, Any]:
@@ -218,7 +229,7 @@ def main() -> None:
     print(json.dumps(facts, indent=1))
     good = (
         facts.get("kernel_tests_exit_code", 0) == 0 and not facts.get("encoder_different")
-        and facts.get("encoder_equal", 1) and facts.get("generation", {}).get("tokens_equal", True)
+        and facts.get("encoder_equal", 1) and facts.get("generation", {}).get("nothing", {}).get("tokens_equal", True)
         and facts.get("rows", {}).get("same_bytes", True)
         and not any(facts.get("kernels_exit_codes", {}).values()) and not any(facts.get("sanitizer", {}).values())
     )  # fmt: skip
