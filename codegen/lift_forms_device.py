@@ -62,7 +62,7 @@ __device__ __forceinline__ float liftc_deviations_x8(const void* raw, float mean
   return there > 0 ? sum : 0.0f;
 }
 __device__ __forceinline__ void liftc_layer_x8(void* raw, const void* gain, const void* shift, float mean, float root,
-                                               int there, int kind) {
+                                               int there, int choice, int kind) {
   unsigned *r = static_cast<unsigned*>(raw), g[8], s[8];
 #pragma unroll
   for (int i = 0; i < (kind == 0 ? 8 : 4); i += 4) {
@@ -75,15 +75,18 @@ __device__ __forceinline__ void liftc_layer_x8(void* raw, const void* gain, cons
     float v[2];
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
+      const float gained = liftc_value(g, i + e, kind), shifted = liftc_value(s, i + e, kind);
       v[e] = (liftc_value(r, i + e, kind) - mean) * root;
-      v[e] = there > 0 ? fmaf(v[e], liftc_value(g, i + e, kind), liftc_value(s, i + e, kind)) : 0.0f;
+      v[e] = choice == 0 ? fmaf(v[e], gained, shifted) : v[e] * (1.0f + gained);
+      v[e] = there > 0 ? v[e] : 0.0f;
     }
     liftc_put_pair(r, i, v[0], v[1], kind);
   }
 }
 """
-"""The sum; the sum of squares of what is away from the mean; (x - mean) * root * gain + shift, rounded once. gain and
-shift are at multiples of 16 bytes. `there` is 0 for values that are padding, which count for nothing and stay 0."""
+"""The sum; the sum of squares of what is away from the mean; (x - mean) * root * gain + shift, or with choice 1
+(x - mean) * root * (1 + gain), rounded once. gain and shift are at multiples of 16 bytes. `there` is 0 for values that
+are padding, which count for nothing and stay 0."""
 
 GATE = r"""
 __device__ __forceinline__ float liftc_silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }

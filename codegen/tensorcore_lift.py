@@ -46,7 +46,8 @@ def lift_planes(symbol: str, dtype: str, knobs: LiftKnobs, form: str = "plain") 
     "plain": x itself.
     "norm": gain * (x * rsqrt(mean x^2 + eps)), G = IC.
     "gate": silu(gate) * up, x being (m, 2 IC), gate before up.
-    "layer": (x - mean x) * rsqrt(mean (x - mean x)^2 + eps) * gain + shift, rounded once; G = 2 IC, gain before shift.
+    "layer": with choice 0 (x - mean x) * rsqrt(mean (x - mean x)^2 + eps) * gain + shift, rounded once; G = 2 IC, gain
+    before shift. With choice 1 x * rsqrt(mean x^2 + eps) * (1 + gain), rounded once; G = IC.
     "gelu": by choice 0 gelu(gate) * up as in a gate, 1 the same with the tanh approximation of gelu, 2 gelu(x) of x
     (m, IC), 3 the same with the approximation. The other forms do not look at choice.
 
@@ -292,18 +293,20 @@ def lift_planes(symbol: str, dtype: str, knobs: LiftKnobs, form: str = "plain") 
                 root[t] = T.float32(0)
             for turn in T.serial(turns):
                 bring_vectors(turn)
+                if choice == 0:
+                    for t in T.unroll(GROUP):
+                        for h in T.unroll(HELD):
+                            centre[t] = centre[t] + call("sum_x8", raw.ptr_to([(t * HELD + h) * RAW]), KIND)
+            if choice == 0:
+                for t in T.unroll(GROUP):  # where nobody but this block stores, and its norm of x much later
+                    at_centre: T.let[T.int32] = (t * CLUSTER + rank) * WARPS + warp
+                    call("warp_sum", centre[t], squares.ptr_to([at_centre]), lane, ready.ptr_to([0]), 0, 1)
+                T.cuda.cta_sync()
                 for t in T.unroll(GROUP):
-                    for h in T.unroll(HELD):
-                        centre[t] = centre[t] + call("sum_x8", raw.ptr_to([(t * HELD + h) * RAW]), KIND)
-            for t in T.unroll(GROUP):  # where nobody but this block stores, and its norm of x much later
-                at_centre: T.let[T.int32] = (t * CLUSTER + rank) * WARPS + warp
-                call("warp_sum", centre[t], squares.ptr_to([at_centre]), lane, ready.ptr_to([0]), 0, 1)
-            T.cuda.cta_sync()
-            for t in T.unroll(GROUP):
-                centre[t] = T.float32(0)
-                for q in T.unroll(WARPS):
-                    centre[t] = centre[t] + squares[(t * CLUSTER + rank) * WARPS + q]
-                centre[t] = centre[t] / T.Cast("float32", IC)
+                    centre[t] = T.float32(0)
+                    for q in T.unroll(WARPS):
+                        centre[t] = centre[t] + squares[(t * CLUSTER + rank) * WARPS + q]
+                    centre[t] = centre[t] / T.Cast("float32", IC)
             for turn in T.serial(turns):
                 if turns > 1:
                     bring_vectors(turn)
@@ -343,7 +346,8 @@ def lift_planes(symbol: str, dtype: str, knobs: LiftKnobs, form: str = "plain") 
                             of_piece: T.let[T.int32] = there[t * UNITS + u] - s * 32
                             call(
                                 "layer_x8", raw.ptr_to([slot(t, u, s)]), gain.ptr_to([T.Select(of_piece > 0, k1, 0)]),
-                                gain.ptr_to([T.Select(of_piece > 0, IC + k1, 0)]), centre[t], root[t], of_piece, KIND,
+                                gain.ptr_to([T.Select(T.And(of_piece > 0, choice == 0), IC + k1, 0)]), centre[t],
+                                root[t], of_piece, choice, KIND,
                             )  # fmt: skip
                         if form == "gate":
                             call("gate_x8", raw.ptr_to([slot(t, u, s)]), raw_up.ptr_to([slot(t, u, s)]), KIND)

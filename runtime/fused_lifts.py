@@ -86,6 +86,26 @@ class FusedLifts:
             x = torch.nn.functional.gelu(x, approximate=mode)
         return self._ops.lift_operands(x, activation_scale, left, right)
 
+    def unit_offset_norm(
+        self,
+        x: Tensor,
+        gain: Tensor,
+        eps: float,
+        activation_scale: Tensor | None,
+        left: Tensor,
+        right: Tensor,
+    ) -> tuple[Planes | Tensor, Tensor]:
+        """Operands of cast(x * rsqrt(mean x^2 + eps) * (1 + gain)), all in float32 and cast once."""
+        if x.dtype == gain.dtype and x.dtype != torch.float32:
+            source = Source("lift_planes_layer", gain, eps, 1)
+            done = self._ops.tiles.planes.lift(x, activation_scale, left, right, source)
+            if done is not None:
+                return done
+        wide = x.float()
+        root = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+        normed = (wide * root * (gain.float() + 1.0)).type_as(x)
+        return self._ops.lift_operands(normed, activation_scale, left, right)
+
     def _gain_and_shift(self, x: Tensor, gain: Tensor, shift: Tensor | None) -> Tensor | None:
         """Both as one tensor, made once per pair; None where they are not in half precision as x, or of two shapes."""
         if x.dtype == torch.float32 or gain.dtype != x.dtype or gain.dim() != 1:
@@ -98,7 +118,7 @@ class FusedLifts:
 def fuse(graph: Graph, ops: Ops, timed_only: bool = False) -> int:
     """Rewrite the lift_operands calls of a graph whose x is a norm, a gate or a GELU that only they read; how many.
 
-    timed_only: RMS norms and SiLU gates, not LayerNorm and GELU.
+    timed_only: RMS norms without unit offset and SiLU gates, not LayerNorm and GELU.
     """
     fused, count = FusedLifts(ops), 0
     for node in list(graph.nodes):
@@ -115,6 +135,8 @@ def fuse(graph: Graph, ops: Ops, timed_only: bool = False) -> int:
             continue
         elif (layer := _layer_norm_input(x)) is not None:
             node.target, node.args = fused.layer_norm, (*layer, *rest)
+        elif (offset := _unit_offset_norm_input(x)) is not None:
+            node.target, node.args = fused.unit_offset_norm, (*offset, *rest)
         elif (chosen := _gelu_input(x)) is not None:
             node.target, node.args = fused.gelu, (*chosen, *rest)
         else:
@@ -128,20 +150,44 @@ def fuse(graph: Graph, ops: Ops, timed_only: bool = False) -> int:
 def _norm_input(x: Node) -> tuple[Node, Node, float, torch.dtype] | None:
     """(x, gain, eps, dtype) where the node is gain * to(to(x, float32) * rsqrt(mean(pow(., 2)) + eps), dtype)."""
     for gain, cast in _factors(x):
-        if gain.op != "get_attr" or not _calls(cast, aten.to.dtype) or len(cast.args) != 2:
+        if gain.op == "get_attr" and _calls(cast, aten.to.dtype) and len(cast.args) == 2:
+            if (normed := _normed(cast.args[0])) is not None:
+                return normed[0], gain, normed[1], cast.args[1]
+    return None
+
+
+def _unit_offset_norm_input(x: Node) -> tuple[Node, Node, float] | None:
+    """(x, gain, eps) where the node is type_as(to(x, float32) * rsqrt(..) * (to(gain, float32) + 1), x)."""
+    if not _calls(x, aten.type_as.default):
+        return None
+    for product, offset in _factors(x.args[0]):
+        if not (_calls(offset, aten.add.Tensor) and offset.args[1:] == (1.0,) and not offset.kwargs):
             continue
-        for wide, root in _factors(cast.args[0]):
-            total = root.args[0] if _calls(root, aten.rsqrt.default) else None
-            if not (_calls(total, aten.add.Tensor) and isinstance(total.args[1], float) and not total.kwargs):
-                continue
-            mean = total.args[0]
-            if not (_calls(mean, aten.mean.dim) and list(mean.args[1:]) == [[-1], True] and not mean.kwargs):
-                continue
-            square = mean.args[0]
-            if not (_calls(square, aten.pow.Tensor_Scalar) and square.args == (wide, 2)):
-                continue
-            if _calls(wide, aten.to.dtype) and wide.args[1:] == (torch.float32,):
-                return wide.args[0], gain, total.args[1], cast.args[1]
+        wide = offset.args[0]
+        stored = (
+            _calls(wide, aten.to.dtype)
+            and wide.args[1:] == (torch.float32,)
+            and wide.args[0].op == "get_attr"
+        )
+        if stored and (normed := _normed(product)) is not None and normed[0] is x.args[1]:
+            return normed[0], wide.args[0], normed[1]
+    return None
+
+
+def _normed(node: Any) -> tuple[Node, float] | None:
+    """(x, eps) where the node is to(x, float32) * rsqrt(mean(pow(to(x, float32), 2)) + eps)."""
+    for wide, root in _factors(node):
+        total = root.args[0] if _calls(root, aten.rsqrt.default) else None
+        if not (_calls(total, aten.add.Tensor) and isinstance(total.args[1], float) and not total.kwargs):
+            continue
+        mean = total.args[0]
+        if not (_calls(mean, aten.mean.dim) and list(mean.args[1:]) == [[-1], True] and not mean.kwargs):
+            continue
+        square = mean.args[0]
+        if not (_calls(square, aten.pow.Tensor_Scalar) and square.args == (wide, 2)):
+            continue
+        if _calls(wide, aten.to.dtype) and wide.args[1:] == (torch.float32,):
+            return wide.args[0], total.args[1]
     return None
 
 
@@ -225,4 +271,5 @@ def _erase(graph: Graph, node: Node) -> None:
 _PURE = {
     aten.mul.Tensor, aten.to.dtype, aten.rsqrt.default, aten.add.Tensor, aten.mean.dim, aten.pow.Tensor_Scalar,
     aten.silu.default, aten.gelu.default, operator.getitem, aten.split_with_sizes.default, aten.chunk.default,
+    aten.type_as.default,
 }  # fmt: skip

@@ -47,8 +47,8 @@ class Source:
 
     `op` is one of LIFT_OPS: x itself; gain (features,) * (x * rsqrt(mean x^2 + eps)); silu(gate) * up, where x holds
     gate and up one after the other; LayerNorm, rounded once, where `gain` (2 features,) holds gain and shift one after
-    the other; gelu, by `choice` 0 gelu(gate) * up, 1 the same with the tanh approximation, 2 gelu(x), 3 the same with
-    the approximation.
+    the other, or with `choice` 1 x * rsqrt(mean x^2 + eps) * (1 + gain), rounded once; gelu, by `choice` 0
+    gelu(gate) * up, 1 the same with the tanh approximation, 2 gelu(x), 3 the same with the approximation.
     """
 
     op: str = "lift_planes"
@@ -63,8 +63,11 @@ class Source:
 
     def fits(self, x: Tensor, features: int) -> bool:
         """Whether x (..., width) and the gain are of the shapes and dtype that so many features need."""
-        gains = {"lift_planes_norm": features, "lift_planes_layer": 2 * features}.get(self.op)
-        if x.shape[-1] != features * (2 if self.paired else 1) or self.choice not in range(4):
+        gains = {"lift_planes_norm": features, "lift_planes_layer": features * (1 if self.choice else 2)}.get(
+            self.op
+        )
+        choices = {"lift_planes_layer": 2, "lift_planes_gelu": 4}.get(self.op, 1)
+        if x.shape[-1] != features * (2 if self.paired else 1) or self.choice not in range(choices):
             return False
         if self.gain is None or gains is None:
             return self.gain is None and gains is None

@@ -120,7 +120,7 @@ def products(ops: Ops, most: int, dtype: torch.dtype) -> Iterator[Check]:
 def lifts(ops: Ops, function: KernelFunction, most: int, dtype: torch.dtype) -> Iterator[Check]:
     """Lifts to planes or z, and the product of a lift's planes: columns past the last one are not written."""
     fused, op = FusedLifts(ops), function.op
-    choices = range(4) if op == "lift_planes_gelu" else (0,)
+    choices = range({"lift_planes_gelu": 4, "lift_planes_layer": 2}.get(op, 1))
     for features, fmt in LIFTED:
         t1, t2 = transform_shape(features, fmt)
         if op.startswith("lift_planes") and (t1 > function.most_left or t2 > function.most_right):
@@ -139,6 +139,11 @@ def lifts(ops: Ops, function: KernelFunction, most: int, dtype: torch.dtype) -> 
                     wide = given.float()
                     x = gain * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)).to(dtype)
                     operand, step = fused.norm(given, gain, 1e-5, dtype, factor, *on_gpu)
+                elif op == "lift_planes_layer" and choice:
+                    wide = given.double()
+                    root = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)
+                    x = (wide * root * (1 + gain.double())).to(dtype)
+                    operand, step = fused.unit_offset_norm(given, gain, 1e-5, factor, *on_gpu)
                 elif op == "lift_planes_layer":
                     shift = random(features, seed=1).to(dtype).to(GPU)
                     x = layer_norm(given.double(), (features,), gain.double(), shift.double(), 1e-5).to(dtype)

@@ -74,7 +74,7 @@ def before_lift(
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """What a lift behind a norm, a gate or a GELU reads, its gain (and shift), and what separate operations lift.
 
-    Tokens of a LayerNorm are 30 away from 0, at a spread of 1.
+    Tokens of a LayerNorm are 30 away from 0, at a spread of 1; with choice 1 it is an RMS norm with unit offset.
     """
     paired = form == "gate" or (form == "gelu" and choice < 2)
     given = torch.randn(tokens, features * (1 + paired), generator=generator)
@@ -85,6 +85,11 @@ def before_lift(
         given = given.to(dtype)
         return given, None, torch.nn.functional.silu(given[:, :features]) * given[:, features:]
     gain = (torch.rand(features, generator=generator) + 0.5).to(dtype)
+    if form == "layer" and choice == 1:
+        given, gain = given.to(dtype), gain - 0.75
+        wide = given.double()
+        root = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)
+        return given, gain, (wide * root * (1 + gain.double())).to(dtype)
     if form == "layer":
         given = (given + 30).to(dtype)
         shift = torch.randn(features, generator=generator).to(dtype)

@@ -8,9 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import FAMILIES
 from torch.fx import Graph, Node
 
-from liftc import env, reference
+from liftc import env, ir, reference
+from liftc.capture import capture_config
+from liftc.format import LiftFormat
+from liftc.passes.base import PassPipeline
+from liftc.passes.pipeline import after_quantize, before_quantize
 from liftc.runtime.executor import BoundGraph
 from liftc.runtime.fused_lifts import FusedLifts, fuse
 from liftc.runtime.planes import GATED, GELUS, Source
@@ -32,7 +37,12 @@ class PlanesOfTests:
         if source.op == "lift_planes_layer":
             assert source.gain is not None
             gain, shift = source.gain.chunk(2)
-            x = torch.nn.functional.layer_norm(x, gain.shape, gain, shift, source.eps)
+            if source.choice:
+                wide = x.float()
+                root = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + source.eps)
+                x = (wide * root * (1 + source.gain.float())).to(x.dtype)
+            else:
+                x = torch.nn.functional.layer_norm(x, gain.shape, gain, shift, source.eps)
         elif source.op == "lift_planes_gelu":
             gate, up = x.chunk(2, -1) if source.choice < 2 else (x, None)
             x = torch.nn.functional.gelu(gate, approximate="tanh" if source.choice % 2 else "none")
@@ -66,14 +76,27 @@ def tensors(dtype: torch.dtype) -> dict[str, torch.Tensor]:
     }
 
 
-def norm(graph: Graph, x: Node, dtype: torch.dtype, swapped: bool = False) -> Node:
+def normed(graph: Graph, x: Node, swapped: bool = False) -> Node:
     call = graph.call_function
     wide = call(aten.to.dtype, (x, torch.float32))
     mean = call(aten.mean.dim, (call(aten.pow.Tensor_Scalar, (wide, 2)), [-1], True))
     root = call(aten.rsqrt.default, (call(aten.add.Tensor, (mean, 1e-5)),))
-    cast = call(aten.to.dtype, (call(aten.mul.Tensor, (root, wide) if swapped else (wide, root)), dtype))
+    return call(aten.mul.Tensor, (root, wide) if swapped else (wide, root))
+
+
+def norm(graph: Graph, x: Node, dtype: torch.dtype, swapped: bool = False) -> Node:
+    cast = graph.call_function(aten.to.dtype, (normed(graph, x, swapped), dtype))
     gain = graph.get_attr("gain")
-    return call(aten.mul.Tensor, (cast, gain) if swapped else (gain, cast))
+    return graph.call_function(aten.mul.Tensor, (cast, gain) if swapped else (gain, cast))
+
+
+def offset_norm(
+    graph: Graph, x: Node, offset: float = 1.0, gain: Node | None = None, like: Node | None = None
+) -> Node:
+    call = graph.call_function
+    wide = call(aten.to.dtype, (gain or graph.get_attr("gain"), torch.float32))
+    product = call(aten.mul.Tensor, (normed(graph, x), call(aten.add.Tensor, (wide, offset))))
+    return call(aten.type_as.default, (product, like or x))
 
 
 def gate(graph: Graph, x: Node, sizes: tuple[int, int] = (FEATURES, FEATURES), first: int = 0) -> Node:
@@ -126,6 +149,7 @@ LAYERS: dict[str, tuple[bool, Callable[[Graph, Node], Node]]] = {
         False,
         lambda g, x: g.call_function(aten.layer_norm.default, (x, [FEATURES], g.get_attr("gain"))),
     ),
+    "unit offset": (False, offset_norm),
 }
 GATES: dict[str, tuple[int, Callable[[Graph, Node], Node]]] = {
     "gelu gate": (0, gelu_gate),
@@ -192,7 +216,7 @@ def test_fused_layer_norms_and_gelus_compute_the_same(what: str, lifts: int, dty
     before = BoundGraph(graph, held, torch.device("cpu"))
     assert fuse(graph, ops) == lifts  # type: ignore[arg-type]
     targets = {n.target for n in graph.nodes}
-    assert not targets & {aten.mul.Tensor, aten.layer_norm.default, aten.gelu.default}
+    assert not targets & {aten.mul.Tensor, aten.layer_norm.default, aten.gelu.default, aten.type_as.default}
     after = BoundGraph(graph, held, torch.device("cpu"))
     for rows in (1, 3):  # taken by the kernels of this test, and done by separate operations
         x = torch.randn(rows, width, generator=torch.Generator().manual_seed(rows)).to(dtype)
@@ -202,6 +226,9 @@ def test_fused_layer_norms_and_gelus_compute_the_same(what: str, lifts: int, dty
     for source in ops.planes.sources:
         if what in GATES:
             assert source == GELUS[kind]
+        elif what == "unit offset":
+            assert (source.op, source.eps, source.choice) == ("lift_planes_layer", 1e-5, 1)
+            assert source.gain is not None and torch.equal(source.gain, held["gain"])
         else:
             shift = held["shift"] if kind else torch.zeros_like(held["gain"])
             assert source.op == "lift_planes_layer" and source.eps == 1e-5 and source.gain is not None
@@ -241,6 +268,10 @@ def test_gain_and_shift_are_joined_once() -> None:
         lambda g, x: layer_norm(g, x, [FEATURES], g.get_attr("gain"), x),
         lambda g, x: layer_norm(g, x, [FEATURES], None),
         lambda g, x: g.call_function(aten.add.Tensor, (layer_norm(g, x), x)),
+        # another offset, an offset of something computed, a cast to the type of something else
+        lambda g, x: offset_norm(g, x, 2.0),
+        lambda g, x: offset_norm(g, x, gain=g.call_function(aten.neg.default, (g.get_attr("gain"),))),
+        lambda g, x: offset_norm(g, x, like=g.get_attr("gain")),
         # gelu of the second half, of halves of other sizes or of another axis, and times something else
         lambda g, x: gelu_gate(g, x, first=1),
         lambda g, x: gelu_gate(g, x, sizes=[FEATURES + 4, FEATURES - 4]),
@@ -257,7 +288,9 @@ def test_other_inputs_stay(make: Callable[[Graph, Node], Node]) -> None:
     assert fuse(graph, ops) == 0 and len(graph.nodes) == nodes  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("make", [layer_norm, gelu, gelu_gate, gate], ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+    "make", [layer_norm, offset_norm, gelu, gelu_gate, gate], ids=lambda make: make.__name__
+)
 def test_what_others_read_stays(make: Callable[[Graph, Node], Node]) -> None:
     ops = OpsOfTests()
     graph = build(ops, make, returned=True)
@@ -285,7 +318,7 @@ def test_gelu_in_a_gate_that_others_read_is_computed_for_them() -> None:
     assert all(torch.equal(a, b) for a, b in zip(after.call(x), before.call(x), strict=True))
 
 
-@pytest.mark.parametrize("make", [layer_norm, gelu, gelu_gate], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", [layer_norm, offset_norm, gelu, gelu_gate], ids=lambda make: make.__name__)
 def test_what_has_not_been_timed_stays_when_asked(make: Callable[[Graph, Node], Node]) -> None:
     ops = OpsOfTests()
     graph = build(ops, make)
@@ -331,3 +364,29 @@ def test_lifts_are_fused_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) 
     assert env.fused_lifts()
     monkeypatch.setenv("LIFTC_FUSED_LIFTS", "0")
     assert not env.fused_lifts()
+
+
+@pytest.mark.parametrize(
+    "family, taken",
+    [
+        ("llama", {"norm": 2}), ("qwen3", {"norm": 4}), ("phi3", {"norm": 4, "gate": 2}), ("gpt2", {"layer_norm": 4}),
+        ("gemma2", {"unit_offset_norm": 4, "gelu": 2}), ("gemma3", {"unit_offset_norm": 4, "gelu": 2}),
+    ],
+)  # fmt: skip
+def test_captured_models(family: str, taken: dict[str, int]) -> None:
+    """Two layers. What stays: norms that dense linears read, too, a GELU that is spelled out, gates not of one split."""
+    config = FAMILIES[family]()
+    config.dtype = torch.bfloat16
+    if family.startswith("gemma"):
+        config.intermediate_size = 96
+    pipeline = PassPipeline([*before_quantize(LiftFormat(19, 8)), *after_quantize()])
+    graph = pipeline.apply(capture_config(config).program).graphs["decode"]
+    ops = OpsOfTests()
+    for node in graph.nodes:
+        if node.target is ir.lift:
+            node.target = ops.lift_operands
+    assert fuse(graph, ops) == sum(taken.values())  # type: ignore[arg-type]
+    made = [
+        n.target.__name__ for n in graph.nodes if isinstance(getattr(n.target, "__self__", None), FusedLifts)
+    ]
+    assert {name: made.count(name) for name in made} == taken

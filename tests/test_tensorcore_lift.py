@@ -40,7 +40,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 KERNELS = [("one", d) for d in DTYPES] + [("pair", "bfloat16"), ("pair", "float32"), ("wide", "float16")]
 KERNELS += [("kept", "bfloat16"), ("shared", "float32")]
 FUSED = [("one", "bfloat16"), ("wide", "float16"), ("pair", "float32"), ("shared", "float16")]
-CHOICES = [("norm", 0), ("gate", 0), ("layer", 0), *(("gelu", choice) for choice in range(4))]
+CHOICES = [("norm", 0), ("gate", 0), ("layer", 0), ("layer", 1), *(("gelu", choice) for choice in range(4))]
 SHAPES = (
     (72, LiftFormat(19, 8)), (40, LiftFormat(24, 16)), (8, LiftFormat(9, 8)), (608, LiftFormat(40, 16)),
     (800, LiftFormat(48, 24)), (1000, LiftFormat(77, 32)),
@@ -74,7 +74,7 @@ LACKS = {
         r"(liftc_deviations_x8\(.*?), (centre_ptr\[\d\]), .*, 2\)\);",
         r"\1, \2, 1, 2));",
     ),
-    "padding that is shifted": (r"(liftc_layer_x8\(.*), of_piece\w*, 2\);", r"\1, 1, 2);"),
+    "padding that is shifted": (r"(liftc_layer_x8\(.*), of_piece\w*, choice, 2\);", r"\1, 1, choice, 2);"),
 }
 """What is changed in a kernel, and into what, so that it lacks something."""
 

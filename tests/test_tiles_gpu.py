@@ -195,6 +195,9 @@ def test_lifts_behind_layer_norms_and_gelus(ops: Ops, in_features: int, dtype: t
             torch.nn.functional.layer_norm(wide, shape, gain.double(), bias, 1e-5).to(dtype)
             for bias in (shift.double(), None)
         ]
+        near = x.to(dtype)
+        root = torch.rsqrt(near.double().pow(2).mean(-1, keepdim=True) + 1e-5)
+        offset = (near.double() * root * (1 + gain.double())).to(dtype)
         x = (2 * x).to(dtype)
         pair = torch.cat([x, x.flip(-1)], -1)
         gelus = [
@@ -203,6 +206,7 @@ def test_lifts_behind_layer_norms_and_gelus(ops: Ops, in_features: int, dtype: t
         check_fused(ops, tokens, scale, left, right, [
             (fused.layer_norm(far, gain, shift, 1e-5, scale, left, right), normed[0]),
             (fused.layer_norm(far, gain, None, 1e-5, scale, left, right), normed[1]),
+            (fused.unit_offset_norm(near, gain, 1e-5, scale, left, right), offset),
             *((fused.gelu(pair, c, scale, left, right), gelus[c] * x.flip(-1)) for c in range(2)),
             *((fused.gelu(x, c, scale, left, right), gelus[c - 2]) for c in range(2, 4)),
         ])  # fmt: skip
