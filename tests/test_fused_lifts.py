@@ -374,7 +374,7 @@ def test_lifts_are_fused_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) 
     ],
 )  # fmt: skip
 def test_captured_models(family: str, taken: dict[str, int]) -> None:
-    """Two layers. What stays: norms that dense linears read, too, a GELU that is spelled out, gates not of one split."""
+    """Two layers. What stays: norms that dense linears read too, a GELU that is spelled out, gates not of one split."""
     config = FAMILIES[family]()
     config.dtype = torch.bfloat16
     if family.startswith("gemma"):
