@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from typing import Any
 
+import pytest
 import torch
 from operand_layouts import tile_layout
 from torch.fx import Graph, Node
@@ -25,6 +26,7 @@ class TilesOfTests:
     def __init__(self, packed: dict[int, torch.Tensor]) -> None:
         self.packed = packed
         self.products = 0
+        self.added = 0
 
     def accepts(self, rows: int, columns: int) -> bool:
         return rows >= 33
@@ -37,7 +39,10 @@ class TilesOfTests:
     def sign_matmul(self, z: Any, z_scale: torch.Tensor, tiles: torch.Tensor, *rest: Any) -> torch.Tensor:
         self.products += 1
         value = z[0] if isinstance(z, tuple) else z
-        return reference.sign_matmul(value, z_scale, self.packed[tiles.data_ptr()], *rest)
+        scale, dtype, *added = rest
+        y = reference.sign_matmul(value, z_scale, self.packed[tiles.data_ptr()], scale, dtype)
+        self.added += sum(addend is not None for addend in added)
+        return sum((addend for addend in added if addend is not None), y)
 
 
 class OpsOfTests:
@@ -115,6 +120,21 @@ def _mixed(ops: OpsOfTests) -> Any:
         return product(z, z_scale, packed, *rest)
 
     return sign_matmul
+
+
+@pytest.mark.parametrize("setting, added", [(None, 0), ("0", 0), ("1", 1)])
+def test_products_add_where_asked(setting: str | None, added: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LIFTC_FUSE_ALL", raising=False)
+    if setting is not None:
+        monkeypatch.setenv("LIFTC_FUSE_ALL", setting)
+    values, ops, made = tensors(), OpsOfTests(), graph("a")
+    values["bias"] = torch.randn(ROWS, generator=torch.Generator().manual_seed(2))
+    (output,) = (node for node in made.nodes if node.op == "output")
+    with made.inserting_before(output):
+        bias = made.get_attr("bias")
+        output.args = (made.call_function(torch.ops.aten.add.Tensor, (output.args[0][0], bias)),)
+    rewritten(made, values, ops)
+    assert ops.tiles.added == added and ops.tiles.products == 1
 
 
 def test_signs_that_anything_else_reads_stay_portable() -> None:
