@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from liftc import __version__, cli_kernels, env
+from liftc import __version__, cli_kernels, cli_options, env
 from liftc.errors import LiftcError
 
 Answer = dict[str, Any]
@@ -109,7 +108,10 @@ def build_parser() -> argparse.ArgumentParser:
     c.add_argument("model", type=Path, help="Hugging Face folder (safetensors) or a .gguf file")
     c.add_argument("-o", "--output", type=Path, required=True, help="artifact folder to create")
     c.add_argument(
-        "-b", "--bits", type=_number, help="bits per weight, 1 to 8 (default 2.4); D/32 nearest to it"
+        "-b",
+        "--bits",
+        type=cli_options.number_of_bits,
+        help="bits per weight, 1 to 8 (default 2.4); D/32 nearest to it",
     )
     c.add_argument(
         "--format",
@@ -125,8 +127,8 @@ def build_parser() -> argparse.ArgumentParser:
     c.add_argument(
         "--records", type=Path, metavar="DIR", help="more records of liftc tune to choose kernels by"
     )
-    _add_calibration(c)
-    _add_quantization(c)
+    cli_options.add_calibration(c)
+    cli_options.add_quantization(c)
     c.add_argument(
         "--dtype", choices=("bfloat16", "float16", "float32"), help="activations (default: the model's)"
     )
@@ -215,59 +217,6 @@ def _add_eval(commands: Any) -> None:
     e.add_argument("--device")
 
 
-def _add_calibration(c: Any) -> None:
-    c.add_argument(
-        "--calibration",
-        type=Path,
-        metavar="PATH",
-        help="text file, .jsonl, .parquet, .arrow or a data set folder (default: the bundled web text)",
-    )
-    c.add_argument(
-        "--calibration-field", metavar="NAME", help="field of its rows (default: text, then messages)"
-    )
-    c.add_argument(
-        "--chat-template", action="store_true", help="render rows of messages with the model's chat template"
-    )
-    c.add_argument(
-        "--chat-wrap", action="store_true", help="with --chat-template, also make plain texts a user's turn"
-    )
-    amount = c.add_mutually_exclusive_group()
-    amount.add_argument("--calibration-windows", type=int, metavar="N", help="number (default: the effort's)")
-    amount.add_argument("--calibration-tokens", type=_tokens, metavar="N", help="a budget: 5000, 32k, 1M")
-    c.add_argument("--calibration-length", type=int, help="tokens per window (default 512, encoders 32)")
-
-
-def _add_quantization(c: argparse.ArgumentParser) -> None:
-    c.add_argument(
-        "--effort",
-        choices=("fast", "balanced", "best"),
-        default="balanced",
-        help="signs only; with block correction; with dense training and end-to-end tuning too",
-    )
-    for option, text in (
-        ("--beam", "beam width of the encoder"),
-        ("--epochs", "passes of block correction over the calibration set"),
-        ("--dense-epochs", "passes that train the weights of a block still dense"),
-        ("--tune-epochs", "passes of end-to-end tuning (holds the whole model)"),
-    ):
-        c.add_argument(option, type=int, metavar="N", help=f"{text}, instead of the effort's")
-    c.add_argument(
-        "--fisher",
-        action=argparse.BooleanOptionalAction,
-        help="weigh tokens and outputs by the model's own gradients (default: the effort's)",
-    )
-    c.add_argument("--damp", type=float, default=0.01, help="damping of the input gram (default 0.01)")
-    c.add_argument(
-        "--device", choices=("cuda", "cpu"), help="where to quantize (default: a GPU where there is one)"
-    )
-    c.add_argument(
-        "--activation-memory",
-        type=_bytes,
-        metavar="SIZE",
-        help="hidden states held in memory before they go to disk: 500M, 16G (default: half of the memory)",
-    )
-
-
 def _add_lattice(commands: Any) -> None:
     lattice = _command(commands, "lattice", _lattice, "learn, evaluate and show mapping matrices")
     actions = lattice.add_subparsers(dest="action", required=True, metavar="ACTION")
@@ -294,29 +243,6 @@ def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], Answe
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress bars")
     parser.set_defaults(run=run)
     return parser
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number; give bits such as 2.4") from None
-
-
-def _bytes(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)i?B?", text)
-    if not match:
-        raise argparse.ArgumentTypeError(f"expected a size such as 500M or 16G, got {text!r}")
-    return int(float(match[1]) * 1024 ** " kMGT".index(match[2] or " "))
-
-
-def _tokens(text: str) -> int:
-    from liftc.quant.calibration import parse_tokens
-
-    try:
-        return parse_tokens(text)
-    except LiftcError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
