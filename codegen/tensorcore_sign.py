@@ -28,6 +28,7 @@ MMA = "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32"
 LOAD4 = "ld.shared.v4.u32"
 TILE_WORDS = 128  # 16 rows x 256 columns
 TILE_BYTES = 512
+ROLLED = {"disable_unroll": True}
 
 
 def sign_matmul_tiled(symbol: str, knobs: TensorCoreKnobs) -> Any:
@@ -90,7 +91,7 @@ def sign_matmul_tiled(symbol: str, knobs: TensorCoreKnobs) -> Any:
         acc = T.alloc_local((PAIR * NT * SETS * 4,), "uint32")
         w = T.alloc_local((PAIR * 4,), "uint32")
         b = T.alloc_local((16,), "uint32")
-        late = T.alloc_local((5,), "uint32")
+        late = T.alloc_local((2,), "uint32")
 
         lane: T.let[T.int32] = tx % 32
         warp: T.let[T.int32] = tx // 32
@@ -310,34 +311,29 @@ def sign_matmul_tiled(symbol: str, knobs: TensorCoreKnobs) -> Any:
                 T.cuda.cta_sync()
                 fetch(c + BUFFERS, c % BUFFERS)
         T.cuda.cta_sync()
-        for i in T.serial((blocks * 16 - tx + THREADS - 1) // THREADS):
-            row: T.let[T.int32] = i * THREADS + tx
+        results: T.int32 = blocks * 16  # of a token
+        for i in T.serial((m * results - tx + THREADS - 1) // THREADS, annotations=ROLLED):
+            token: T.int32 = T.truncdiv(i * THREADS + tx, results)
+            row: T.int32 = i * THREADS + tx - token * results
             if row0 * 16 + row < OC:
-                for q in T.unroll(5):
+                for q in T.unroll(2):
                     late[q] = T.uint32(0)
                 if adds % 2 > 0:
-                    late[4] = T.cuda.func_call(
+                    late[0] = T.cuda.func_call(
                         "liftc_addend", bias.ptr_to([0]), T.Cast("int64", row0 * 16 + row), kind,
                         source_code=device.ADDENDS, return_type="uint32",
                     )  # fmt: skip
-                for four in T.serial((m + 3) // 4):
-                    if adds > 1:  # all before the first is used
-                        for q in T.unroll(4):
-                            if four * 4 + q < m:
-                                late[q] = T.cuda.func_call(
-                                    "liftc_addend", residual.ptr_to([0]),
-                                    T.Cast("int64", four * 4 + q) * OC + (row0 * 16 + row), kind,
-                                    source_code=device.ADDENDS, return_type="uint32",
-                                )  # fmt: skip
-                    for q in T.unroll(4):
-                        if four * 4 + q < m:
-                            token: T.let[T.int32] = four * 4 + q
-                            T.cuda.func_call(
-                                "liftc_store_y",
-                                y.ptr_to([0]), T.Cast("int64", token) * OC + (row0 * 16 + row), kind,
-                                sums[token * SUMS + row], total[token], token_scale[token], row_scale[row],
-                                adds, late[4], late[q], source_code=device.STORE_Y,
-                            )  # fmt: skip
+                if adds > 1:
+                    late[1] = T.cuda.func_call(
+                        "liftc_addend", residual.ptr_to([0]), T.Cast("int64", token) * OC + (row0 * 16 + row), kind,
+                        source_code=device.ADDENDS, return_type="uint32",
+                    )  # fmt: skip
+                T.cuda.func_call(
+                    "liftc_store_y",
+                    y.ptr_to([0]), T.Cast("int64", token) * OC + (row0 * 16 + row), kind,
+                    sums[token * SUMS + row], total[token], token_scale[token], row_scale[row],
+                    adds, late[0], late[1], source_code=device.STORE_Y,
+                )  # fmt: skip
 
     if knobs.dependent_launch:
         function = function.with_attr("tirx.kernel_launch_params", ["tirx.use_programtic_dependent_launch"])
