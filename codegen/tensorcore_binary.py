@@ -44,9 +44,8 @@ TILE_BYTES = 512
 def sign_matmul_binary(symbol: str, knobs: BinaryKnobs) -> Any:
     """PrimFunc with the results of tensorcore_sign.sign_matmul_tiled.
 
-    Arguments as there, but planes are int8 (KB, 16, 2 knobs.tokens, 16)
-    (codegen/tensorcore_lift.py), and grid is a multiple of knobs.split with at least ceil(NB / knobs.block_rows)
-    clusters.
+    Arguments as there, but planes are int8 (KB, 16, 2 knobs.tokens, 16) (codegen/tensorcore_lift.py), and grid is a
+    multiple of knobs.split with at least ceil(NB / knobs.block_rows) clusters.
     """
     TEAMS, LANES, RING, DEPTH, SPLIT = knobs.teams, knobs.lanes, knobs.ring, knobs.stage_blocks, knobs.split
     COLS = 2 * knobs.tokens
@@ -461,6 +460,8 @@ def sign_matmul_binary(symbol: str, knobs: BinaryKnobs) -> Any:
 
             @T.inline
             def bring(i):  # what is added to the results that this thread stores next
+                for j in T.unroll(32):
+                    late[j] = T.uint32(0)
                 for j in T.unroll(4):
                     late_row: T.int32 = ((i * 4 + j) * STORERS + tx % STORERS) * 4
                     if late_row < rows and token < m:

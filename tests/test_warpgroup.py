@@ -33,6 +33,7 @@ KNOBS = {
     "four_blocks": BinaryKnobs(16, 1, 4, stage_blocks=2, ring=3, cutters=1, z_stages=2, block_rows=7, split=4),
     "odd": BinaryKnobs(4, stage_blocks=5, ring=2, z_stages=3, prefetch=2, first_stages=0, multiply_registers=120,
                        helper_registers=56),
+    "many": BinaryKnobs(16, 1, 1, stage_blocks=2, ring=2, cutters=2, z_stages=3, block_rows=13, split=1),
 }  # fmt: skip
 
 
@@ -65,6 +66,7 @@ def emulated(compiled: Emulated, request: pytest.FixtureRequest) -> Emulated:
         ("pair", 8, 155, 5200, 1), ("pair", 4, 200, 1100, 2), ("pair", 1, 20, 200, 1), ("pair", 7, 61, 7100, 1),
         ("odd", 4, 70, 9000, 1), ("odd", 3, 50, 700, 2),
         ("four_blocks", 16, 100, 2800, 1), ("four_blocks", 11, 40, 600, 2),
+        ("many", 16, 203, 600, 1), ("many", 3, 206, 300, 1),
     ],
 )  # fmt: skip
 def test_sign_matmul_is_bit_identical(
