@@ -137,7 +137,7 @@ class TiledSigns:
         if not isinstance(z, Planes):
             return self._in_groups(z, z_scale, tiles, output_scale, dtype, bias, residual)
         rows, tokens = output_scale.numel(), z.tokens
-        if not (bias is residual is None):
+        if bias is not None or residual is not None:
             bias, residual = _addends((bias, residual), ((rows,), (*z.lead, rows)), dtype, tiles.device)
         self.check(tiles, rows, z.columns)
         size = dtype.itemsize
@@ -174,7 +174,7 @@ class TiledSigns:
         if residual is not None:
             if residual.shape != shape:
                 raise _addend_mistake("residual", residual, shape, dtype, tiles.device)
-            residual = residual.reshape(tokens, -1)
+            residual = residual.reshape(tokens, shape[-1])
         parts = [
             self.sign_matmul(
                 self.planes.split(z[i : i + most]), z_scale[i : i + most], tiles, output_scale, dtype, bias,
