@@ -6,17 +6,23 @@ What a GPU adds (real mma, launches, float16 results) is in test_kernels_gpu.py.
 from __future__ import annotations
 
 import functools
+import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from added_results import CASES, check, outputs
 from emulated_kernels import Emulated
-from operand_layouts import group_planes, tile_layout, z_of
+from operand_layouts import group_planes, planes_of, tile_layout, z_of
 
-from liftc.errors import BuildError
+from liftc import reference
+from liftc.errors import BuildError, LiftcError
 from liftc.kernel_object import KernelFunction
 from liftc.packing import pack_signs
+from liftc.runtime.planes import Planes
+from liftc.runtime.tiles import TiledSigns
 from liftc.spec import Z_MAX
 
 pytest.importorskip("tvm", reason="kernels are built with TVM")
@@ -120,6 +126,60 @@ def test_sign_matmul_is_bit_identical(
         P=totals.shape[0],
     )  # fmt: skip
     check(given, z, z_scale, packed, scale)
+
+
+def called_by_runtime(emulated: Emulated) -> TiledSigns:
+    """The runtime's products on CPU tensors, with one kernel, for four tokens."""
+    knobs = KNOBS["four"]
+    spec = KernelFunction("sign_matmul_tiled_four_4", "sign_matmul_tiled", "", max_tokens=4, block_rows=4)
+
+    def function(tiles: Any, planes: Any, totals: Any, z_scale: Any, scale: Any, *rest: Any) -> None:
+        bias, residual, y, grid, kind, adds = rest
+        assert all(t.dtype == torch.uint8 and t.is_contiguous() for t in (bias, residual, y))
+        assert y.numel() == residual.numel() and not any(t.data_ptr() % 4 for t in (bias, residual, y))
+        emulated(
+            spec.symbol, grid, knobs.warps * 32, (tiles, planes), tiles=tiles, planes=planes, totals=totals,
+            z_scale=z_scale, scale=scale, bias=bias, residual=residual, y=y, NB=tiles.shape[0], KB=tiles.shape[1],
+            OC=scale.shape[0], m=z_scale.shape[0], grid=grid, kind=kind, adds=adds, P=totals.shape[0],
+        )  # fmt: skip
+
+    kernels = SimpleNamespace(
+        functions={spec.symbol: function}, of=lambda op: [spec] if op == spec.op else []
+    )
+    tiles = TiledSigns(kernels)  # type: ignore[arg-type]
+    tiles._processors[torch.device("cpu")] = 2
+    return tiles
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("lead", [(1,), (1, 3), (2, 2)])
+def test_the_runtime_adds_bias_and_residual(
+    emulated: Emulated, lead: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    runtime, rows, columns = called_by_runtime(emulated), 101, 300
+    g, tokens = torch.Generator().manual_seed(rows), math.prod(lead)
+    z = torch.randint(-Z_MAX, Z_MAX + 1, (tokens, columns), generator=g).to(torch.int16)
+    packed = pack_signs(torch.randn(rows, columns, generator=g))
+    z_scale, scale = torch.rand(*lead, 1, generator=g) * 1e-3, torch.rand(rows, generator=g)
+    tiles = tile_layout(packed)[: -(-rows // 16)].contiguous()
+    planes = Planes(planes_of(z, 8), z.sum(1, dtype=torch.int32)[None], torch.Size(lead), columns)
+    want = reference.sign_matmul(z.view(*lead, columns), z_scale, packed, scale, dtype)
+    bias = (torch.randn(rows, generator=g) * 100).to(dtype)
+    wide = (torch.randn(*lead, 2 * rows, generator=g) * 100).to(dtype)
+    operands = (planes, z_scale, tiles, scale, dtype)
+    assert torch.equal(runtime.sign_matmul(*operands), want)
+    assert torch.equal(runtime.sign_matmul(*operands, bias), want + bias)
+    for residual in (wide[..., rows:].contiguous(), wide[..., :rows], wide[..., 1 : rows + 1]):
+        assert torch.equal(runtime.sign_matmul(*operands, None, residual), want + residual)
+        assert torch.equal(runtime.sign_matmul(*operands, bias, residual), want + bias + residual)
+    for added, message in (
+        ((bias[1:], None), r"bias is \w+\[100\] on cpu; need \w+\[101\]"),
+        ((bias.double(), None), "bias is f64"),
+        ((None, bias), "residual is"),
+        ((bias, wide), "residual is"),
+    ):
+        with pytest.raises(LiftcError, match=message):
+            runtime.sign_matmul(*operands, *added)
 
 
 @pytest.mark.parametrize("tokens, columns", [(1, 700), (3, 5), (8, 1032)])
