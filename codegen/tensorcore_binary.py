@@ -39,6 +39,8 @@ from liftc.codegen.knobs import BinaryKnobs
 LOAD4 = "ld.shared.v4.u32"
 TILE_WORDS = 128  # 16 rows x 256 columns
 TILE_BYTES = 512
+LATE = 2
+"""Fours of results with additions that a thread has on their way at a time."""
 
 
 def sign_matmul_binary(symbol: str, knobs: BinaryKnobs) -> Any:
@@ -123,7 +125,7 @@ def sign_matmul_binary(symbol: str, knobs: BinaryKnobs) -> Any:
         acc = T.alloc_local((FOURS * 32,), "uint32")
         a = T.alloc_local((DEPTH * 4,), "uint32")
         found = T.alloc_local((16,), "int32")
-        late = T.alloc_local((32,), "uint32")  # biases, residuals
+        late = T.alloc_local((LATE * 8,), "uint32")  # biases, residuals
 
         lane: T.let[T.int32] = tx % 32
         warp: T.int32 = T.cuda.func_call(
@@ -454,16 +456,14 @@ def sign_matmul_binary(symbol: str, knobs: BinaryKnobs) -> Any:
             if held >= 0:
                 flush()
             token: T.let[T.int32] = tx // STORERS  # whose sums this thread passes on and stores
-            fours: T.int32 = rows // 4  # of rows; the threads of a token have them in turn, four at a time
-            for j in T.unroll(32):
-                late[j] = T.uint32(0)
+            fours: T.int32 = rows // 4  # of rows; the threads of a token have them in turn, some at a time
 
             @T.inline
             def bring(i):  # what is added to the results that this thread stores next
-                for j in T.unroll(32):
+                for j in T.unroll(LATE * 8):
                     late[j] = T.uint32(0)
-                for j in T.unroll(4):
-                    late_row: T.int32 = ((i * 4 + j) * STORERS + tx % STORERS) * 4
+                for j in T.unroll(LATE):
+                    late_row: T.int32 = ((i * LATE + j) * STORERS + tx % STORERS) * 4
                     if late_row < rows and token < m:
                         left_over: T.int32 = OC - (row0 * 16 + top + late_row)
                         late_at: T.int64 = T.Cast("int64", row0 * 16 + top + late_row)
@@ -472,46 +472,57 @@ def sign_matmul_binary(symbol: str, knobs: BinaryKnobs) -> Any:
                         if adds > 1:
                             late_at = late_at + T.Cast("int64", token) * OC
                             call.load_four(
-                                residual.ptr_to([0]), late_at, left_over, kind, late.ptr_to([16 + j * 4])
-                            )
+                                residual.ptr_to([0]), late_at, left_over, kind,
+                                late.ptr_to([(LATE + j) * 4]),
+                            )  # fmt: skip
 
-            if adds > 0:
-                if stages == 0:  # without columns nothing has been waited for
-                    if knobs.dependent_launch:
-                        call.dependent_wait()
-                bring(0)
-            call.group_sync(2, WARPS * 32 + 32)  # and the sums of z, which another warp adds up
-            if SPLIT > 1:
-                call.cluster_await()  # long over: its sums are zero, or hold its own products
-                for other in T.unroll(SPLIT - 1):
-                    peer: T.int32 = (rank + 1 + other) % SPLIT
-                    from_row: T.int32 = T.truncdiv(peer * (blocks * 16), SPLIT)
-                    count: T.int32 = T.truncdiv((peer + 1) * (blocks * 16), SPLIT) - from_row
-                    if token < m:
-                        for i in T.serial((count - tx % STORERS + STORERS - 1) // STORERS):
-                            of: T.int32 = token * SUMS + from_row + i * STORERS + tx % STORERS
-                            call.add_to_peer(sums.ptr_to([of]), sums[of], peer, ready.ptr_to([0]))
-                call.barrier_await(ready.ptr_to([0]), 0)
-            for i in T.serial((fours - tx % STORERS + 4 * STORERS - 1) // (4 * STORERS)):
-                if adds > 0 and i > 0:
-                    bring(i)
-                for j in T.unroll(4):
-                    if (i * 4 + j) * STORERS < fours and token < m:
-                        four: T.int32 = T.min((i * 4 + j) * STORERS + tx % STORERS, fours - 1)
-                        at: T.int32 = token * SUMS + top + four * 4
-                        for q in T.unroll(4):
-                            found[j * 4 + q] = sums[at + q]
-                for j in T.unroll(4):
-                    row: T.int32 = ((i * 4 + j) * STORERS + tx % STORERS) * 4
-                    if row < rows and token < m:
-                        T.cuda.func_call(
-                            "liftc_store_four",
-                            y.ptr_to([0]), T.Cast("int64", token) * OC + (row0 * 16 + top + row),
-                            OC - (row0 * 16 + top + row), kind, found.ptr_to([j * 4]),
-                            total[token], token_scale[token], row_scale.ptr_to([row]),
-                            adds, late.ptr_to([j * 4]), late.ptr_to([16 + j * 4]),
-                            source_code=device.ADDENDS + group_device.STORE_FOUR,
-                        )  # fmt: skip
+            @T.inline
+            def finish(added, together):  # fours of results at a time
+                if added:
+                    if stages == 0:  # without columns nothing has been waited for
+                        if knobs.dependent_launch:
+                            call.dependent_wait()
+                    bring(0)
+                call.group_sync(2, WARPS * 32 + 32)  # and the sums of z, which another warp adds up
+                if SPLIT > 1:
+                    call.cluster_await()  # long over: its sums are zero, or hold its own products
+                    for other in T.unroll(SPLIT - 1):
+                        peer: T.int32 = (rank + 1 + other) % SPLIT
+                        from_row: T.int32 = T.truncdiv(peer * (blocks * 16), SPLIT)
+                        count: T.int32 = T.truncdiv((peer + 1) * (blocks * 16), SPLIT) - from_row
+                        if token < m:
+                            for i in T.serial((count - tx % STORERS + STORERS - 1) // STORERS):
+                                of: T.int32 = token * SUMS + from_row + i * STORERS + tx % STORERS
+                                call.add_to_peer(sums.ptr_to([of]), sums[of], peer, ready.ptr_to([0]))
+                    call.barrier_await(ready.ptr_to([0]), 0)
+                for i in T.serial((fours - tx % STORERS + together * STORERS - 1) // (together * STORERS)):
+                    if added:
+                        if i > 0:
+                            bring(i)
+                    for j in T.unroll(together):
+                        if (i * together + j) * STORERS < fours and token < m:
+                            four: T.int32 = T.min((i * together + j) * STORERS + tx % STORERS, fours - 1)
+                            at: T.int32 = token * SUMS + top + four * 4
+                            for q in T.unroll(4):
+                                found[j * 4 + q] = sums[at + q]
+                    for j in T.unroll(together):
+                        row: T.int32 = ((i * together + j) * STORERS + tx % STORERS) * 4
+                        if row < rows and token < m:
+                            T.cuda.func_call(
+                                "liftc_store_four",
+                                y.ptr_to([0]), T.Cast("int64", token) * OC + (row0 * 16 + top + row),
+                                OC - (row0 * 16 + top + row), kind, found.ptr_to([j * 4]),
+                                total[token], token_scale[token], row_scale.ptr_to([row]),
+                                adds if added else 0, late.ptr_to([j * 4 if added else 0]),
+                                late.ptr_to([(LATE + j) * 4 if added else 0]),
+                                source_code=device.ADDENDS + group_device.STORE_FOUR,
+                            )  # fmt: skip
+
+            # Code that is not executed is fetched all the same where it lies between what is.
+            if adds == 0:
+                finish(False, 4)
+            else:
+                finish(True, LATE)
         else:
             if knobs.helper_registers > 0:
                 T.ptx["setmaxnreg.dec.sync.aligned.u32"](knobs.helper_registers)

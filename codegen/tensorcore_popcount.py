@@ -302,15 +302,17 @@ def sign_matmul_popcount(symbol: str, knobs: PopcountKnobs) -> Any:
                 convert(T.min(chunk, KB - (c + 1) * chunk))
                 share(T.min(chunk, KB - (c + 1) * chunk))
                 T.cuda.cta_sync()
-        for i in T.unroll(MINE * (TOKENS + 1)):
-            late[i] = T.uint32(0)
-        if adds > 0:  # they arrive while other warps finish
+
+        @T.inline
+        def bring():  # what is added arrives while other warps finish
+            for i in T.unroll(MINE * (TOKENS + 1)):
+                late[i] = T.uint32(0)
             for i in T.unroll(MINE):
-                added: T.let[T.int32] = i * THREADS + tx
-                if added < blocks * 16 and row0 * 16 + added < OC:
+                added_to: T.let[T.int32] = i * THREADS + tx
+                if added_to < blocks * 16 and row0 * 16 + added_to < OC:
                     if adds % 2 > 0:
                         late[i] = T.cuda.func_call(
-                            "liftc_addend", bias.ptr_to([0]), T.Cast("int64", row0 * 16 + added), kind,
+                            "liftc_addend", bias.ptr_to([0]), T.Cast("int64", row0 * 16 + added_to), kind,
                             source_code=device.ADDENDS, return_type="uint32",
                         )  # fmt: skip
                     if adds > 1:
@@ -318,22 +320,34 @@ def sign_matmul_popcount(symbol: str, knobs: PopcountKnobs) -> Any:
                             if token < m:
                                 late[MINE + token * MINE + i] = T.cuda.func_call(
                                     "liftc_addend", residual.ptr_to([0]),
-                                    T.Cast("int64", token) * OC + (row0 * 16 + added), kind,
+                                    T.Cast("int64", token) * OC + (row0 * 16 + added_to), kind,
                                     source_code=device.ADDENDS, return_type="uint32",
                                 )  # fmt: skip
-        T.cuda.cta_sync()
-        for i in T.unroll(MINE):
-            row_of: T.let[T.int32] = i * THREADS + tx
-            if row_of < blocks * 16 and row0 * 16 + row_of < OC:
-                for token in T.unroll(TOKENS):
-                    if token < m:
-                        T.cuda.func_call(
-                            "liftc_store_y",
-                            y.ptr_to([0]), T.Cast("int64", token) * OC + (row0 * 16 + row_of), kind,
-                            sums[token * SUMS + row_of], total[token], token_scale[token], row_scale[i],
-                            adds, late[i], late[MINE + token * MINE + i],
-                            source_code=device.STORE_Y,
-                        )  # fmt: skip
+
+        @T.inline
+        def finish(added):
+            if added:
+                bring()
+            T.cuda.cta_sync()
+            for i in T.unroll(MINE):
+                row_of: T.let[T.int32] = i * THREADS + tx
+                if row_of < blocks * 16 and row0 * 16 + row_of < OC:
+                    for token in T.unroll(TOKENS):
+                        if token < m:
+                            T.cuda.func_call(
+                                "liftc_store_y",
+                                y.ptr_to([0]), T.Cast("int64", token) * OC + (row0 * 16 + row_of), kind,
+                                sums[token * SUMS + row_of], total[token], token_scale[token], row_scale[i],
+                                adds if added else 0, late[i] if added else T.uint32(0),
+                                late[MINE + token * MINE + i] if added else T.uint32(0),
+                                source_code=device.STORE_Y,
+                            )  # fmt: skip
+
+        # Code that is not executed is fetched all the same where it lies between what is.
+        if adds == 0:
+            finish(False)
+        else:
+            finish(True)
 
     if knobs.dependent_launch:
         function = function.with_attr("tirx.kernel_launch_params", ["tirx.use_programtic_dependent_launch"])

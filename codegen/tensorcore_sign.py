@@ -311,29 +311,38 @@ def sign_matmul_tiled(symbol: str, knobs: TensorCoreKnobs) -> Any:
                 T.cuda.cta_sync()
                 fetch(c + BUFFERS, c % BUFFERS)
         T.cuda.cta_sync()
+
+        @T.inline
+        def store(token, row, added):
+            T.cuda.func_call(
+                "liftc_store_y",
+                y.ptr_to([0]), T.Cast("int64", token) * OC + (row0 * 16 + row), kind,
+                sums[token * SUMS + row], total[token], token_scale[token], row_scale[row],
+                adds if added else 0, late[0] if added else T.uint32(0), late[1] if added else T.uint32(0),
+                source_code=device.STORE_Y,
+            )  # fmt: skip
+
         results: T.int32 = blocks * 16  # of a token
         for i in T.serial((m * results - tx + THREADS - 1) // THREADS, annotations=ROLLED):
             token: T.int32 = T.truncdiv(i * THREADS + tx, results)
             row: T.int32 = i * THREADS + tx - token * results
             if row0 * 16 + row < OC:
-                for q in T.unroll(2):
-                    late[q] = T.uint32(0)
-                if adds % 2 > 0:
-                    late[0] = T.cuda.func_call(
-                        "liftc_addend", bias.ptr_to([0]), T.Cast("int64", row0 * 16 + row), kind,
-                        source_code=device.ADDENDS, return_type="uint32",
-                    )  # fmt: skip
-                if adds > 1:
-                    late[1] = T.cuda.func_call(
-                        "liftc_addend", residual.ptr_to([0]), T.Cast("int64", token) * OC + (row0 * 16 + row), kind,
-                        source_code=device.ADDENDS, return_type="uint32",
-                    )  # fmt: skip
-                T.cuda.func_call(
-                    "liftc_store_y",
-                    y.ptr_to([0]), T.Cast("int64", token) * OC + (row0 * 16 + row), kind,
-                    sums[token * SUMS + row], total[token], token_scale[token], row_scale[row],
-                    adds, late[0], late[1], source_code=device.STORE_Y,
-                )  # fmt: skip
+                if adds == 0:
+                    store(token, row, False)
+                else:
+                    for q in T.unroll(2):
+                        late[q] = T.uint32(0)
+                    if adds % 2 > 0:
+                        late[0] = T.cuda.func_call(
+                            "liftc_addend", bias.ptr_to([0]), T.Cast("int64", row0 * 16 + row), kind,
+                            source_code=device.ADDENDS, return_type="uint32",
+                        )  # fmt: skip
+                    if adds > 1:
+                        late[1] = T.cuda.func_call(
+                            "liftc_addend", residual.ptr_to([0]), T.Cast("int64", token) * OC + (row0 * 16 + row), kind,
+                            source_code=device.ADDENDS, return_type="uint32",
+                        )  # fmt: skip
+                    store(token, row, True)
 
     if knobs.dependent_launch:
         function = function.with_attr("tirx.kernel_launch_params", ["tirx.use_programtic_dependent_launch"])

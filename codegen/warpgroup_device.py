@@ -178,6 +178,15 @@ __device__ __forceinline__ unsigned liftc_pair(float a, float b, int kind) {
   const __nv_bfloat162 both = __floats2bfloat162_rn(a, b);
   return reinterpret_cast<const unsigned&>(both);
 }
+__device__ __forceinline__ unsigned liftc_plus_pair(unsigned a, unsigned b, int kind) {
+  if (kind == 1) {
+    const __half2 both = __hadd2_rn(reinterpret_cast<const __half2&>(a), reinterpret_cast<const __half2&>(b));
+    return reinterpret_cast<const unsigned&>(both);
+  }
+  const __nv_bfloat162 both =
+      __hadd2_rn(reinterpret_cast<const __nv_bfloat162&>(a), reinterpret_cast<const __nv_bfloat162&>(b));
+  return reinterpret_cast<const unsigned&>(both);
+}
 __device__ __forceinline__ void liftc_store_four(void* y, long long at, int count, int kind, const void* sets,
                                                  int total, float token_scale, const void* scales, int adds,
                                                  const void* biases, const void* residuals) {
@@ -191,21 +200,36 @@ __device__ __forceinline__ void liftc_store_four(void* y, long long at, int coun
     const unsigned set = static_cast<const unsigned*>(sets)[i];
     const int sum = static_cast<int>(2u * set - static_cast<unsigned>(total));
     v[i] = __fmul_rn(__fmul_rn(__int2float_rn(sum), token_scale), by[i]);
-    if (kind == 0) v[i] = liftc_sum(v[i], adds, bias[i], residual[i], kind);
-    else v[i] = liftc_sum(v[i], adds, bias[i / 2] >> (i % 2 * 16), residual[i / 2] >> (i % 2 * 16), kind);
   }
-  char* to = static_cast<char*>(y) + at * (kind == 0 ? 4 : 2);
-  if (kind != 0 && count >= 4 && reinterpret_cast<unsigned long long>(to) % 8 == 0) {
-    *reinterpret_cast<uint2*>(to) = make_uint2(liftc_pair(v[0], v[1], kind), liftc_pair(v[2], v[3], kind));
+  if (kind == 0) {
+    float* to = static_cast<float*>(y) + at;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (adds & 1) v[i] = __fadd_rn(v[i], __uint_as_float(bias[i]));
+      if (adds & 2) v[i] = __fadd_rn(v[i], __uint_as_float(residual[i]));
+      if (i < count) to[i] = v[i];
+    }
+    return;
+  }
+  unsigned pair[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    pair[i] = liftc_pair(v[2 * i], v[2 * i + 1], kind);
+    if (adds & 1) pair[i] = liftc_plus_pair(pair[i], bias[i], kind);
+    if (adds & 2) pair[i] = liftc_plus_pair(pair[i], residual[i], kind);
+  }
+  unsigned short* to = static_cast<unsigned short*>(y) + at;
+  if (count >= 4 && reinterpret_cast<unsigned long long>(to) % 8 == 0) {
+#ifdef __CUDA_ARCH__
+    asm volatile("st.global.v2.u32 [%0], {%1,%2};" :: "l"(to), "r"(pair[0]), "r"(pair[1]) : "memory");
+#else
+    *reinterpret_cast<uint2*>(to) = make_uint2(pair[0], pair[1]);
+#endif
     return;
   }
 #pragma unroll
   for (int i = 0; i < 4; ++i)
-    if (i < count) {
-      if (kind == 0) reinterpret_cast<float*>(to)[i] = v[i];
-      else if (kind == 1) reinterpret_cast<__half*>(to)[i] = __float2half_rn(v[i]);
-      else reinterpret_cast<__nv_bfloat16*>(to)[i] = __float2bfloat16_rn(v[i]);
-    }
+    if (i < count) to[i] = static_cast<unsigned short>(pair[i / 2] >> (i % 2 * 16));
 }
 """
 """Results of up to four rows of a token, with what is added to them, in the type `kind` says, 8 bytes at a time where

@@ -212,6 +212,13 @@ inline __half2 __floats2half2_rn(float a, float b) { return {__float2half_rn(a),
 inline __nv_bfloat16 __float2bfloat16_rn(float value) { return {uint16_t(bfloat_bits(value))}; }
 inline float __bfloat162float(__nv_bfloat16 value) { return bfloat_value(uint32_t(value.bits) << 16); }
 inline __nv_bfloat162 __floats2bfloat162_rn(float a, float b) { return {__float2bfloat16_rn(a), __float2bfloat16_rn(b)}; }
+inline __half2 __hadd2_rn(__half2 a, __half2 b) {
+  return __floats2half2_rn(__half2float(a.x) + __half2float(b.x), __half2float(a.y) + __half2float(b.y));
+}
+inline __nv_bfloat162 __hadd2_rn(__nv_bfloat162 a, __nv_bfloat162 b) {
+  return __floats2bfloat162_rn(__bfloat162float(a.x) + __bfloat162float(b.x),
+                               __bfloat162float(a.y) + __bfloat162float(b.y));
+}
 inline float __uint_as_float(uint32_t bits) { return bfloat_value(bits); }
 inline float __int2float_rn(int value) { return float(value); }
 inline float __fmul_rn(float a, float b) { return a * b; }
