@@ -46,15 +46,10 @@ def num_threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
-def fused_lifts() -> bool:
-    """`LIFTC_FUSED_LIFTS=0` keeps norms, gates and GELUs of loaded graphs out of their lifts (GPU; docs/kernels.md)."""
-    return os.environ.get("LIFTC_FUSED_LIFTS") != "0"
-
-
-def fuse_all() -> bool:
-    """`LIFTC_FUSE_ALL=1`: loaded graphs also hand over to kernels what these have not been timed with on a GPU yet:
-    biases, residuals, LayerNorm and GELU (docs/kernels.md)."""
-    return os.environ.get("LIFTC_FUSE_ALL") == "1"
+def fused() -> bool:
+    """`LIFTC_FUSED=0`: norms, gates, GELUs, biases and residuals of loaded graphs stay operations of their own (GPU;
+    docs/kernels.md)."""
+    return os.environ.get("LIFTC_FUSED") != "0"
 
 
 def processes() -> tuple[int, int]:

@@ -115,11 +115,8 @@ class FusedLifts:
         return self._shifted(gain, shift) if (shift.dtype, shift.shape) == (x.dtype, gain.shape) else None
 
 
-def fuse(graph: Graph, ops: Ops, timed_only: bool = False) -> int:
-    """Rewrite the lift_operands calls of a graph whose x is a norm, a gate or a GELU that only they read; how many.
-
-    timed_only: RMS norms without unit offset and SiLU gates, not LayerNorm and GELU.
-    """
+def fuse(graph: Graph, ops: Ops) -> int:
+    """Rewrite the lift_operands calls of a graph whose x is a norm, a gate or a GELU that only they read; how many."""
     fused, count = FusedLifts(ops), 0
     for node in list(graph.nodes):
         if node.target != ops.lift_operands or node.kwargs:
@@ -131,8 +128,6 @@ def fuse(graph: Graph, ops: Ops, timed_only: bool = False) -> int:
             node.target, node.args = fused.norm, (*found, *rest)
         elif (halves := _gate_input(x)) is not None:
             node.target, node.args = fused.gate, (halves, *rest)
-        elif timed_only:
-            continue
         elif (layer := _layer_norm_input(x)) is not None:
             node.target, node.args = fused.layer_norm, (*layer, *rest)
         elif (offset := _unit_offset_norm_input(x)) is not None:

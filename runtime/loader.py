@@ -122,9 +122,8 @@ def _tile_signs(graphs: dict[str, Graph], tensors: dict[str, torch.Tensor], tile
 def _pass_operands(graphs: dict[str, Graph], tensors: dict[str, torch.Tensor], ops: Ops) -> None:
     """Let every lift whose z goes to tiled products only hand it over as operand bytes, without int16.
 
-    Unless LIFTC_FUSED_LIFTS is 0, such a lift also takes the input of the RMS norm or the SiLU gate before it. If
-    LIFTC_FUSE_ALL is 1, it takes that of a LayerNorm or a GELU, too, and the product adds the bias and the residual
-    behind it.
+    Unless LIFTC_FUSED is 0, such a lift also takes the input of the norm, the gate or the GELU before it, and the
+    product adds the bias and the residual behind it.
     """
     for graph in graphs.values():
         for node in graph.nodes:
@@ -136,10 +135,9 @@ def _pass_operands(graphs: dict[str, Graph], tensors: dict[str, torch.Tensor], o
                 node.target = ops.lift_operands
                 for product in products:
                     product.target = ops.tiles.sign_matmul
-        if env.fuse_all():
+        if env.fused():
             fuse_adds(graph, tensors, ops.tiles)
-        if env.fused_lifts():
-            fuse(graph, ops, timed_only=not env.fuse_all())
+            fuse(graph, ops)
 
 
 def _is_tiled_product(node: Node, values: list[Node], tensors: dict[str, torch.Tensor]) -> bool:

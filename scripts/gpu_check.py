@@ -41,7 +41,7 @@ PARTS = ("tests", "model", "kernels", "sanitize")
 FOUND = 9
 """Exit code of compute-sanitizer that has found something."""
 
-FUSED = {"nothing": {"LIFTC_FUSED_LIFTS": "0"}, "usual": {}, "all": {"LIFTC_FUSE_ALL": "1"}}
+FUSED = {"nothing": {"LIFTC_FUSED": "0"}, "everything": {}}
 """How a model is loaded for the comparison of generation: what its kernels take over (docs/kernels.md)."""
 
 CONTROL = {"memcheck": "Invalid __global__ read", "racecheck": "Race reported"}

@@ -12,6 +12,7 @@ from test_records import record
 pytest.importorskip("tvm", reason="records name knobs of kernels that TVM builds")
 from liftc import cli
 from liftc.driver.bench import within_shared
+from liftc.driver.bench_fused import surroundings
 from liftc.driver.bench_many import signs_of_tiles
 from liftc.driver.bench_plot import point
 from liftc.driver.bench_text import line_text, table_text
@@ -63,6 +64,26 @@ def test_tables_compare_with_one_token_dense_and_writing() -> None:
     text = table_text(answer, rows)
     assert "| 4 | 11.0 (20.0) 1.10x |" in text and "| 300 | 20.0 0.75x | 15.0 |" in text
     assert "| 1 | 1.0, 35 GB/s (70.0) |" in text and "70.0 % of writing" in line_text(rows[-1])
+
+
+def test_every_surrounding_of_a_linear_has_a_row() -> None:
+    rows = [
+        record(kernel=kernel, microseconds=time, knobs={"form": form}, read_ceiling_gbs=None, fraction_of_ceiling=None)
+        for form, times in (("norm", (9.0, 7.0)), ("layer norm, bias", (8.0, 6.0)))
+        for kernel, time in zip(("separate+lift+sign_matmul", "fused+lift+sign_matmul"), times)
+    ]  # fmt: skip
+    answer = {"device": "D", "kernels": "k.so", "read_ceiling_gbs": 60.0, "not_installed": []}
+    text = table_text(answer, rows)
+    size = f"{rows[0].out_features}x{rows[0].in_features}"
+    assert f"| {size}, norm | LQ-77/32 | 1 | 9.0 | 7.0 |" in text
+    assert f"| {size}, layer norm, bias | LQ-77/32 | 1 | 8.0 | 6.0 |" in text
+
+
+@pytest.mark.parametrize("shape", [(4096, 1024), (1024, 1024), (1024, 4096)])
+def test_surroundings_of_a_linear(shape: tuple[int, int]) -> None:
+    found = surroundings(shape)
+    assert len({around.name for around in found}) == len(found) == (1 if shape[0] == shape[1] else 3)
+    assert all(around.residual == (shape[0] <= shape[1]) for around in found)
 
 
 def test_points_of_the_roofline() -> None:

@@ -24,7 +24,7 @@ from graphs_before_lifts import (
 from tiny_models import FAMILIES
 from torch.fx import Graph, Node
 
-from liftc import env, ir
+from liftc import ir
 from liftc.capture import capture_config
 from liftc.format import LiftFormat
 from liftc.passes.base import PassPipeline
@@ -180,13 +180,6 @@ def test_gelu_in_a_gate_that_others_read_is_computed_for_them() -> None:
     assert all(torch.equal(a, b) for a, b in zip(after.call(x), before.call(x), strict=True))
 
 
-@pytest.mark.parametrize("make", [layer_norm, offset_norm, gelu, gelu_gate], ids=lambda make: make.__name__)
-def test_what_has_not_been_timed_stays_when_asked(make: Callable[[Graph, Node], Node]) -> None:
-    ops = OpsOfTests()
-    graph = build(ops, make)
-    assert fuse(graph, ops, timed_only=True) == 0 and fuse(graph, ops) == 1  # type: ignore[arg-type]
-
-
 def test_a_norm_that_others_read_stays() -> None:
     ops = OpsOfTests()
     graph = build(ops, lambda g, x: norm(g, x, torch.bfloat16), returned=True)
@@ -219,13 +212,6 @@ def test_a_layer_norm_of_several_dtypes_is_done_by_separate_operations() -> None
             assert fused._gain_and_shift(x, held["gain"], held["shift"].to(dtype)) is None
             assert fused._gain_and_shift(x, held["gain"].to(dtype), held["shift"][:4].to(dtype)) is None
     assert not ops.planes.sources
-
-
-def test_lifts_are_fused_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("LIFTC_FUSED_LIFTS", raising=False)
-    assert env.fused_lifts()
-    monkeypatch.setenv("LIFTC_FUSED_LIFTS", "0")
-    assert not env.fused_lifts()
 
 
 @pytest.mark.parametrize(

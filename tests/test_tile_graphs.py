@@ -122,11 +122,13 @@ def _mixed(ops: OpsOfTests) -> Any:
     return sign_matmul
 
 
-@pytest.mark.parametrize("setting, added", [(None, 0), ("0", 0), ("1", 1)])
-def test_products_add_where_asked(setting: str | None, added: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("LIFTC_FUSE_ALL", raising=False)
+@pytest.mark.parametrize("setting, added", [(None, 1), ("0", 0), ("1", 1)])
+def test_products_add_unless_told_otherwise(
+    setting: str | None, added: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LIFTC_FUSED", raising=False)
     if setting is not None:
-        monkeypatch.setenv("LIFTC_FUSE_ALL", setting)
+        monkeypatch.setenv("LIFTC_FUSED", setting)
     values, ops, made = tensors(), OpsOfTests(), graph("a")
     values["bias"] = torch.randn(ROWS, generator=torch.Generator().manual_seed(2))
     (output,) = (node for node in made.nodes if node.op == "output")

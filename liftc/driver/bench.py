@@ -117,7 +117,7 @@ def bench_records(path: Path, options: BenchOptions) -> dict[str, Any]:
             continue
         if r.format not in (formats or (r.format,)):
             continue
-        key = (r.kernel, r.format, r.chain, r.out_features, r.in_features, r.batch)
+        key = (r.kernel, r.format, r.chain, r.out_features, r.in_features, r.batch, r.knobs.get("form"))
         before = best[key].microseconds if key in best else None
         if (r.microseconds or 0.0) < (math.inf if before is None else before):
             best[key] = r

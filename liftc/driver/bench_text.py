@@ -10,13 +10,17 @@ from liftc.kernel_records import Record
 DECODING = ("unpack_tiles", "decode_tiles")
 """Kernels whose figure is the rate of writing."""
 
+SURROUNDED = ("separate+lift+sign_matmul", "fused+lift+sign_matmul")
+"""A linear with what surrounds it, `knobs["form"]` of the record."""
+
 
 def what_text(record: Record) -> str:
-    """The linear or the chain of a record."""
+    """The linear, with what surrounds it where that is measured, or the chain of a record."""
     if record.chain:
         shapes, _, rounds = record.chain.partition("*")
         return f"{rounds} x ({shapes.replace('+', ', ')})"
-    return f"{record.out_features}x{record.in_features}"
+    size = f"{record.out_features}x{record.in_features}"
+    return f"{size}, {record.knobs['form']}" if record.kernel in SURROUNDED else size
 
 
 def line_text(record: Record) -> str:
@@ -34,7 +38,7 @@ def line_text(record: Record) -> str:
 
 
 def table_text(answer: dict[str, Any], records: Sequence[Record]) -> str:
-    """Markdown: few tokens, many tokens, decoding; a row per linear or chain, format and batch."""
+    """Markdown: few tokens, what surrounds a linear, many tokens, decoding; a row per linear or chain and batch."""
     lines = [
         f"{answer['device']}, {answer['kernels']}, read ceiling {answer['read_ceiling_gbs']:.0f} GB/s",
         "Microseconds, and bytes of weights over the time as % of the read ceiling.",
@@ -42,9 +46,10 @@ def table_text(answer: dict[str, Any], records: Sequence[Record]) -> str:
     if answer["not_installed"]:
         lines.append(f"Not installed: {', '.join(answer['not_installed'])}.")
     many = {r.batch for r in records if r.kernel == "lifted_linear"}
-    groups: dict[str, list[Record]] = {"few": [], "many": [], "decoding": []}
+    groups: dict[str, list[Record]] = {"few": [], "surrounded": [], "many": [], "decoding": []}
     for record in records:
         name = "decoding" if record.kernel in DECODING else "many" if record.batch in many else "few"
+        name = "surrounded" if record.kernel in SURROUNDED else name
         groups[name].append(record)
     if groups["few"]:
         first = {_place(r): r for r in groups["few"] if r.batch == 1}
@@ -55,6 +60,8 @@ def table_text(answer: dict[str, Any], records: Sequence[Record]) -> str:
             else ""
         )
         lines += _section(groups["few"], lambda r: _few_cell(r, first), note)
+    if groups["surrounded"]:
+        lines += _section(groups["surrounded"], lambda r: _few_cell(r, {}), ", with what surrounds a linear")
     if groups["many"]:
         dense = {_place(r)[1:]: r for r in groups["many"] if r.kernel != "lifted_linear"}
         lines += _section(groups["many"], lambda r: _many_cell(r, dense), ", x: the speed of dense")
