@@ -52,6 +52,11 @@ def fused() -> bool:
     return os.environ.get("LIFTC_FUSED") != "0"
 
 
+def cuda_graph() -> bool:
+    """`LIFTC_CUDA_GRAPH=0`: a loaded model decodes by separate launches, not by a CUDA graph."""
+    return os.environ.get("LIFTC_CUDA_GRAPH") != "0"
+
+
 def processes() -> tuple[int, int]:
     """`WORLD_SIZE` and `LOCAL_RANK` as torchrun sets them: (number of processes, this one's GPU)."""
     return int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))

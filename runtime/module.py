@@ -9,7 +9,9 @@ import torch
 from torch import nn
 from torch.fx import Graph
 
+from liftc import env
 from liftc.errors import LiftcError
+from liftc.runtime.decoding import Decoders
 from liftc.runtime.executor import BoundGraph, KVCache
 from liftc.runtime.sampling import Sampling
 
@@ -48,7 +50,21 @@ class GraphModel(nn.Module):
 
 
 class CausalLM(GraphModel):
-    """A causal language model: `model(input_ids)` gives logits, `model.generate(...)` gives tokens."""
+    """A causal language model: `model(input_ids)` gives logits, `model.generate(...)` gives tokens.
+
+    On a GPU the KV cache of the last sequence and a CUDA graph of its decoding are kept for the next one of that length
+    (runtime/decoding.py) unless LIFTC_CUDA_GRAPH is 0.
+    """
+
+    def __init__(
+        self,
+        graphs: Mapping[str, Graph],
+        tensors: Mapping[str, torch.Tensor],
+        config: Mapping[str, Any],
+        device: torch.device,
+    ) -> None:
+        super().__init__(graphs, tensors, config, device)
+        self._decoders = Decoders(self.graphs, device, env.cuda_graph())
 
     @property
     def max_length(self) -> int:
@@ -125,18 +141,19 @@ class CausalLM(GraphModel):
         generator = sampling.generator(self.device)
         if not max_new_tokens:
             return
-        cache = KVCache(self.graphs["prefill"], max(2, room))
-        last = torch.tensor([length - 1], device=self.device)
-        logits = self._prefill(ids, last, cache)
-        position = torch.tensor([length - 1], device=self.device)
-        for count in range(1, min(max_new_tokens, room - length) + 1):
-            token = sampling.next_token(logits[:, -1], generator)
-            value = int(token)
-            yield value
-            if value in stops or count == min(max_new_tokens, room - length):
-                return
-            position += 1
-            logits = self.graphs["decode"].call(token, position, *cache.tensors)  # type: ignore[assignment]
+        decoder = self._decoders.take(room, self.max_length)
+        try:
+            logits = self._prefill(ids, torch.tensor([length - 1], device=self.device), decoder.cache)
+            count = min(max_new_tokens, room - length)
+            for position in range(length, length + count):
+                token = sampling.next_token(logits[:, -1], generator)
+                value = int(token)
+                yield value
+                if value in stops or position == length + count - 1:
+                    return
+                logits = decoder.step(token, position)
+        finally:
+            self._decoders.give_back(decoder)
 
     def _prefill(self, ids: torch.Tensor, positions: torch.Tensor, cache: KVCache) -> torch.Tensor:
         if ids.shape[1] == 1:

@@ -78,6 +78,10 @@ LIFT_OPS = ("lift_planes", "lift_planes_norm", "lift_planes_gate", "lift_planes_
 LIFTS = ("lift_planes_grouped", "lift_planes")
 """Kernels of the lift of x itself; of those for as many tokens and factors as large the first of these is preferred."""
 
+ONE_PASS = ("lift_planes_gelu",)
+"""Forms whose operations are one launch of their own: that and a kernel for fewer tokens or smaller factors take less
+time than a kernel for any (docs/tuning.md)."""
+
 PLAIN, GATED = Source(), Source("lift_planes_gate")
 GELUS = tuple(Source("lift_planes_gelu", choice=choice) for choice in range(4))
 
@@ -138,10 +142,32 @@ class PlaneKernels:
             return None
         if not source.fits(x, features):
             return None
-        for spec, function in self._lift.get((source.op, x.dtype), ()):
-            if spec.accepts(tokens, 0, 0) and t1 <= spec.most_left and t2 <= spec.most_right:
-                return self._lift_with(spec, function, tokens, x, activation_scale, left, right, source)
-        return None
+        found = self._closest(source.op, x.dtype, tokens, t1, t2)
+        if found is None or (
+            source.op in ONE_PASS and self._plain_is_closer(found[0], x.dtype, tokens, t1, t2)
+        ):
+            return None
+        return self._lift_with(*found, tokens, x, activation_scale, left, right, source)
+
+    def _closest(
+        self, op: str, dtype: torch.dtype, tokens: int, t1: int, t2: int
+    ) -> tuple[KernelFunction, Callable[..., None]] | None:
+        """The kernel for the fewest tokens and the smallest factors of those that take them."""
+        return next(
+            (
+                (spec, function)
+                for spec, function in self._lift.get((op, dtype), ())
+                if spec.accepts(tokens, 0, 0) and t1 <= spec.most_left and t2 <= spec.most_right
+            ),
+            None,
+        )
+
+    def _plain_is_closer(
+        self, spec: KernelFunction, dtype: torch.dtype, tokens: int, t1: int, t2: int
+    ) -> bool:
+        plain = self._closest(PLAIN.op, dtype, tokens, t1, t2)
+        size = (spec.max_tokens, spec.most_left * spec.most_right)
+        return plain is not None and (plain[0].max_tokens, plain[0].most_left * plain[0].most_right) < size
 
     def _lift_with(
         self, spec: KernelFunction, function: Callable[..., None], tokens: int, x: Tensor,

@@ -73,8 +73,8 @@ class Caller:
         return cls(replace(kernels, functions=functions), called)
 
     def only(self, op: str, symbol: str) -> Ops:
-        """Ops with one function for an op; a product or a lift also without those of the other forms."""
-        others = next((forms for forms in (PRODUCTS, LIFTS) if op in forms), (op,))
+        """Ops with one function for an op; a product or a lift to planes without those of the other forms."""
+        others = next((forms for forms in (PRODUCTS, (*LIFTS, *LIFT_OPS)) if op in forms), (op,))
         kept = tuple(f for f in self.kernels.object.functions if f.op not in others or f.symbol == symbol)
         return Ops(replace(self.kernels, object=replace(self.kernels.object, functions=kept)))
 

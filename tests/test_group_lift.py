@@ -20,7 +20,7 @@ from operand_layouts import group_planes, planes_of, z_of
 
 from liftc.kernel_object import KernelFunction
 from liftc.runtime.kernels import Kernels
-from liftc.runtime.planes import PlaneKernels, Source
+from liftc.runtime.planes import GELUS, PlaneKernels, Source
 
 pytest.importorskip("tvm", reason="kernels are built with TVM")
 from liftc.codegen import (
@@ -272,11 +272,25 @@ def test_the_runtime_passes_layer_norms_and_gelus(library_planes: tuple[PlaneKer
     function, arguments = calls.pop()
     assert function.op == "lift_planes_layer" and (arguments[9], arguments[15]) == (1e-6, 0)
     assert torch.equal(cast(torch.Tensor, arguments[1]), both)
-    for choice, width in enumerate((5120, 5120, 2560, 2560)):
+    large, _ = operands(200, 64, 29)
+    for choice, width in enumerate((25600, 25600, 12800, 12800)):
         given = torch.ones(3, width, dtype=torch.bfloat16)
-        assert planes.lift(given, None, left, right, Source("lift_planes_gelu", choice=choice)) is not None
+        assert planes.lift(given, None, large, right, Source("lift_planes_gelu", choice=choice)) is not None
         function, arguments = calls.pop()
         assert function.op == "lift_planes_gelu" and arguments[15] == choice
+
+
+@pytest.mark.parametrize("tokens, t1", [(1, 40), (1, 100), (4, 128), (8, 40), (16, 90)])
+def test_a_gelu_stays_where_a_lift_of_x_is_made_for_such_factors(
+    library_planes: tuple[PlaneKernels, Calls], tokens: int, t1: int
+) -> None:
+    planes, calls = library_planes
+    left, right = operands(t1, 64, 29)
+    given = torch.ones(tokens, t1 * 64, dtype=torch.bfloat16)
+    assert planes.lift(given, None, left, right, GELUS[2]) is None and not calls
+    assert planes.lift(given, None, left, right) is not None
+    gain = torch.ones(t1 * 64, dtype=torch.bfloat16)
+    assert planes.lift(given, None, left, right, Source("lift_planes_layer", gain, 1e-6, 1)) is not None
 
 
 @pytest.mark.parametrize(
