@@ -100,7 +100,10 @@ def best_knobs(
         near = _nearest(request, measured)
         exact += (str(request.format), request.out_features, request.in_features) == near[0][:3]
         weights.update(dict.fromkeys(near, 1))
-    kept = {(i[0], i[1], i[2]) for i in weights}
+    # A lift for factors of some size is measured alone on some of the shapes, and in a chain of all.
+    kept = {(i[0], i[1], i[2]) for i in weights} | {
+        (str(r.format), r.out_features, r.in_features) for r in requests
+    }
     for item in {i for found in times.values() for i in found if i[4]}:
         shapes = [_of_op(op, shape) for shape in chain_shapes(item[4])]
         if all((item[0], *shape) in kept for shape in shapes):

@@ -36,7 +36,7 @@ AXES: dict[str, dict[str, tuple[Any, ...]]] = {
         "block_rows": (24, 32, 40),
     },
     "sign_matmul_binary": {
-        "cutters": (2, 4, 5, 6, 8, 10),
+        "cutters": (1, 2, 4, 5, 6, 8, 9, 10, 13),
         "z_stages": (2, 3, 4, 5, 6, 7, 8, 9, 10),
         "ring": (2, 3, 4, 5, 6, 8),
         "teams": (1, 2, 3),
@@ -164,6 +164,8 @@ def _fits(knobs: Any, limit: int) -> bool:
         return bool((accumulators + _REGISTERS_BESIDE) * knobs.warps * 32 <= _REGISTER_FILE)
     if hasattr(knobs, "lanes"):  # one accumulator per row of 8 and bit of a token
         tokens, rest = divmod(knobs.tokens, 4 * knobs.lanes)
+        if knobs.multiply_registers and knobs.threads() % 128:
+            return False  # warps take and give registers by fours, and one alone would wait for ever
         if rest or knobs.launch_registers() * knobs.threads() > _REGISTER_FILE:
             return False
         given = knobs.multiply_registers or _REGISTER_FILE // knobs.threads()

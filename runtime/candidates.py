@@ -11,13 +11,13 @@ import torch
 from liftc.bundle import Bundle, BundleCandidate
 from liftc.errors import ArtifactError, LiftcError
 from liftc.format import LiftFormat
-from liftc.kernel_object import TARGETS
+from liftc.kernel_object import TARGETS, KernelFunction
 from liftc.kernel_records import Record, digits
 from liftc.runtime import operands
 from liftc.runtime.kernels import Kernels, load_kernels
 from liftc.runtime.operands import Linear, Operands
 from liftc.runtime.ops import Ops
-from liftc.runtime.planes import LIFTS, Planes
+from liftc.runtime.planes import LIFTS
 from liftc.runtime.tiles import PRODUCTS
 from liftc.runtime.timing import Clock, machine_facts
 from liftc.spec import DTYPES
@@ -51,36 +51,47 @@ class Bench:
         self.dtype = DTYPES[bundle.dtype]
 
     def measure(self, candidate: BundleCandidate) -> Result:
-        """Exact on every shape first, then one record per shape, batch and chain; never raises for a candidate."""
+        """Right on every shape first, then one record per shape, batch and chain; never raises for a candidate.
+
+        A lift does the shapes whose factors it is chosen for; where there are none, there is no record.
+        """
         if candidate.refused:
             return self._no(candidate, "refused", candidate.refused)
         try:
-            kernels = self._with(candidate)
-            if kernels is None:
+            found = self._with(candidate)
+            if found is None:
                 return self._no(candidate, "refused", "it does not fit this device")
-            ops = Ops(kernels)
-            if reason := self._wrong(ops, candidate):
+            alone, among = (Ops(kernels) for kernels in found)
+            if reason := self._wrong(alone, among, candidate):
                 return self._no(candidate, *reason)
-            return Result(tuple(self._times(ops, candidate)))
+            return Result(tuple(self._times(among, candidate)))
         except (ArtifactError, LiftcError) as error:
             return self._no(candidate, "failed", str(error))
         except (RuntimeError, ValueError, TypeError) as error:  # of CUDA, tvm_ffi and torch
             line = next((part for part in str(error).splitlines() if part.strip()), type(error).__name__)
             return replace(self._no(candidate, "failed", line), broken=self.device.type == "cuda")
 
-    def _with(self, candidate: BundleCandidate) -> Kernels | None:
-        """The base with the candidate's functions in place of its own for that op and dtype."""
+    def _with(self, candidate: BundleCandidate) -> tuple[Kernels, Kernels] | None:
+        """The base with the candidate's functions in place of all of its own for that op and dtype, to check them, and
+        in place of those that are chosen in the same cases, to time them: a lift is for factors of some size.
+        """
         loaded = load_kernels(self.folder / candidate.file, self.device)
         if not all(symbol in loaded.functions for symbol in candidate.symbols):
             return None
         mine = [f for f in loaded.object.functions if f.symbol in candidate.symbols]
-        dtypes = {f.dtype for f in mine}
+        dtypes, cases = {f.dtype for f in mine}, {_case(f) for f in mine}
         ops = next((forms for forms in (PRODUCTS, LIFTS) if candidate.op in forms), (candidate.op,))
-        rest = [f for f in self.base.object.functions if f.op not in ops or f.dtype not in dtypes]
+        others = [f for f in self.base.object.functions if f.op not in ops or f.dtype not in dtypes]
+        apart = [
+            f for f in self.base.object.functions if candidate.op in LIFTS and f.op in ops and _case(f) not in cases
+        ]  # fmt: skip
         functions = {**self.base.functions, **{f.symbol: loaded.functions[f.symbol] for f in mine}}
-        return replace(
-            self.base, object=replace(self.base.object, functions=(*mine, *rest)), functions=functions
-        )
+
+        def base(*rest: KernelFunction) -> Kernels:
+            kept = replace(self.base.object, functions=(*mine, *rest))
+            return replace(self.base, object=kept, functions=functions)
+
+        return base(*others), base(*others, *(f for f in apart if f.dtype in dtypes))
 
     def _batches(self, candidate: BundleCandidate) -> list[int]:
         """Those of the bundle that this candidate is made for: all, or the largest up to its tokens."""
@@ -98,36 +109,47 @@ class Bench:
             groups.setdefault(work.format, []).append((work.out_features, work.in_features))
         return [(LiftFormat.parse(fmt), shapes) for fmt, shapes in groups.items()]
 
-    def _wrong(self, ops: Ops, candidate: BundleCandidate) -> tuple[str, str] | None:
-        """(status, reason) when the candidate is wrong somewhere or does not take a shape."""
+    def _wrong(self, alone: Ops, among: Ops, candidate: BundleCandidate) -> tuple[str, str] | None:
+        """(status, reason) when the candidate is wrong somewhere."""
         lifts = candidate.op.startswith("lift")
         for fmt, shapes in self._groups():
             for batch in self._batches(candidate):
                 wanted = list(dict.fromkeys(shapes))
-                for linear in self.operands.linears(ops, [*CHECKS, *wanted], fmt, batch, self.dtype):
+                for linear in self.operands.linears(alone, [*CHECKS, *wanted], fmt, batch, self.dtype):
                     shape = (linear.rows, linear.features)
-                    if lifts and shape in wanted and linear.signs.dim() == 4:
-                        if not isinstance(operands.lift(ops, linear)[0], Planes):
-                            return "refused", f"it does not take {linear.features} features"
-                    good = operands.lift_is_right(ops, linear) if lifts else all(
-                        operands.product_is_exact(ops, linear, dtype) for dtype in {self.dtype, torch.float32}
+                    if shape in wanted and not self._takes(among, candidate, linear):
+                        continue
+                    good = operands.lift_is_right(alone, linear) if lifts else all(
+                        operands.product_is_exact(alone, linear, dtype) for dtype in {self.dtype, torch.float32}
                         if dtype == self.dtype or linear.signs.dim() == 4
                     )  # fmt: skip
                     if not good:
                         return "wrong", f"{shape[0]}x{shape[1]} {fmt} batch {batch}"
         return None
 
+    def _takes(self, ops: Ops, candidate: BundleCandidate, linear: Linear) -> bool:
+        """Whether the candidate is what does this linear: a lift is for tiles, and factors of some size."""
+        if candidate.op not in LIFTS:
+            return True
+        factors = (linear.left.shape[0], linear.right.shape[0])
+        chosen = ops.tiles.planes.lift_for(linear.x.shape[0], linear.x.dtype, *factors)
+        return linear.signs.dim() == 4 and chosen is not None and chosen.symbol in candidate.symbols
+
     def _times(self, ops: Ops, candidate: BundleCandidate) -> list[Record]:
-        lifts, made = candidate.op.startswith("lift"), []
+        made: list[Record] = []
+        lifts = candidate.op.startswith("lift")
         for fmt, shapes in self._groups():
             for batch in self._batches(candidate):
+                before = len(made)
                 unique = dict.fromkeys((0, s[1]) if lifts else s for s in shapes)
                 for rows, features in unique:
                     copies = self._copies(ops, [(rows or features, features)], fmt, batch)
+                    if not self._takes(ops, candidate, copies[0]):
+                        continue
                     size = sum(c.lift_bytes if lifts else c.sign_bytes for c in copies) / len(copies)
                     time = self._chain(ops, copies, "lift" if lifts else "product") / len(copies)
                     made.append(self._record(candidate, fmt, (rows, features), batch, time, size))
-                if len(shapes) > 1:
+                if len(shapes) > 1 and len(made) > before:
                     copies = self._copies(ops, shapes, fmt, batch)
                     time = self._chain(ops, copies, "whole")  # as they run: what is fastest alone need not be
                     size = sum(c.sign_bytes for c in copies)
@@ -171,6 +193,11 @@ class Bench:
 
     def _no(self, candidate: BundleCandidate, status: str, reason: str) -> Result:
         return Result((unmeasured(self.bundle, candidate, self.facts, status, reason, self.ceiling),))
+
+
+def _case(function: KernelFunction) -> tuple[int, int, int]:
+    """What decides which calls a lift gets."""
+    return function.max_tokens, function.most_left, function.most_right
 
 
 def unmeasured(

@@ -104,10 +104,10 @@ class PlaneKernels:
         self._ones: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self._processors: dict[torch.device, int] = {}
 
-    def lift_for(self, tokens: int, dtype: torch.dtype) -> KernelFunction | None:
-        """The kernel that lifts so many tokens of x itself with the smallest factors."""
-        made = self._lift.get((PLAIN.op, dtype), ())
-        return next((spec for spec, _ in made if spec.accepts(tokens, 0, 0)), None)
+    def lift_for(self, tokens: int, dtype: torch.dtype, t1: int = 0, t2: int = 0) -> KernelFunction | None:
+        """The kernel that lifts so many tokens of x itself with factors of this size."""
+        found = self._closest(PLAIN.op, dtype, tokens, t1, t2)
+        return found and found[0]
 
     def empty(
         self, lead: torch.Size, tokens: int, columns: int, device: torch.device, parts: int = 1
@@ -165,9 +165,9 @@ class PlaneKernels:
     def _plain_is_closer(
         self, spec: KernelFunction, dtype: torch.dtype, tokens: int, t1: int, t2: int
     ) -> bool:
-        plain = self._closest(PLAIN.op, dtype, tokens, t1, t2)
+        plain = self.lift_for(tokens, dtype, t1, t2)
         size = (spec.max_tokens, spec.most_left * spec.most_right)
-        return plain is not None and (plain[0].max_tokens, plain[0].most_left * plain[0].most_right) < size
+        return plain is not None and (plain.max_tokens, plain.most_left * plain.most_right) < size
 
     def _lift_with(
         self, spec: KernelFunction, function: Callable[..., None], tokens: int, x: Tensor,

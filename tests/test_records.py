@@ -23,7 +23,7 @@ from liftc.codegen.best_knobs import (
     knobs_to_json,
 )
 from liftc.codegen.default_knobs import CPU_KNOBS, SHARED_BYTES, chip_family
-from liftc.codegen.knobs import CpuKnobs, TensorCoreKnobs
+from liftc.codegen.knobs import CpuKnobs, LiftKnobs, TensorCoreKnobs
 from liftc.errors import RecordError
 from liftc.format import LiftFormat
 from liftc.kernel_records import (
@@ -50,7 +50,7 @@ def record(**changes: Any) -> Record:
     return Record(**{**values, **changes})
 
 
-def timed(knobs: TensorCoreKnobs, time: float, **changes: Any) -> Record:
+def timed(knobs: TensorCoreKnobs | LiftKnobs, time: float, **changes: Any) -> Record:
     return record(knobs=knobs_to_json(knobs), microseconds=time, **changes)
 
 
@@ -208,6 +208,18 @@ def test_chains_of_the_shapes_weigh_as_much_as_the_shapes() -> None:
     assert best([*found[:4], timed(SLOW, 60.0, **other), timed(FAST, 90.0, **other)]).knobs == FAST
 
 
+def test_a_lift_measured_on_some_shapes_is_judged_by_chains_of_all() -> None:
+    one, other = LiftKnobs(ahead=2), LiftKnobs(ahead=4)
+    lifts = {"kernel": "lift_planes", "out_features": 0}
+    chain = {**lifts, "in_features": 0, "chain": "4096x4096+8192x1024*3"}
+    found = [timed(one, 10.0, **lifts, in_features=4096), timed(other, 9.0, **lifts, in_features=4096)]
+    choice = best_knobs(found, "lift_planes", LiftKnobs, "sm_90a", REQUESTS, (1, 1), one)
+    assert choice is not None and choice.knobs == other
+    found += [timed(one, 60.0, **chain), timed(other, 90.0, **chain)]
+    choice = best_knobs(found, "lift_planes", LiftKnobs, "sm_90a", REQUESTS, (1, 1), one)
+    assert choice is not None and choice.knobs == one and (choice.measured, choice.shapes) == (1, 2)
+
+
 def test_choices_of_an_object_say_where_they_come_from() -> None:
     found = [replace(r, arch="sm_90") for r in sweep({SLOW: (10.0, 10.0), FAST: (9.0, 9.0)})]
     chosen, said = cuda_choices(found, ("sm_80", "sm_90"), REQUESTS)
@@ -250,6 +262,8 @@ def test_candidates_fit_and_start_with_the_present_choice(arch: str, limit: int 
     assert found and all(c.knobs.shared_bytes() <= most for c in found)
     assert len(set(found)) == len(found) == len({(c.op, c.knobs) for c in found})
     assert [c.rank for c in found] == sorted(c.rank for c in found)
+    for c in found:  # a warp group gives and takes registers as a whole
+        assert not getattr(c.knobs, "multiply_registers", 0) or c.knobs.threads() % 128 == 0
     for tuned in library.TUNED_TEMPLATES:
         mine = [c for c in found if c.op == tuned.op]
         if limit is None and tuned.choices().get(family):

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -200,8 +201,10 @@ def _wanted(bundle: Bundle, candidate: BundleCandidate) -> set[tuple[Any, ...]]:
     """What `known` must hold for the candidate to be skipped; a bad candidate has one record only and runs again."""
     knobs = json.dumps(candidate.knobs, sort_keys=True)
     start = (candidate.op, bundle.kernel_version, bundle.arch, bundle.dtype, knobs)
-    lifts = candidate.op.startswith("lift")
-    return {(*start, w.format, 0 if lifts else w.out_features, w.in_features) for w in bundle.work}
+    if not candidate.op.startswith("lift"):
+        return {(*start, w.format, w.out_features, w.in_features) for w in bundle.work}
+    chains = Counter(w.format for w in bundle.work)  # a lift does some of the shapes only, and every chain
+    return {(*start, w.format, 0, 0 if chains[w.format] > 1 else w.in_features) for w in bundle.work}
 
 
 def _failed(
@@ -212,6 +215,8 @@ def _failed(
 
 def _line(number: int, candidate: BundleCandidate, made: list[Record]) -> str:
     """One line of progress: what was measured, how fast the whole chain (or the only shape) was."""
+    if not made:
+        return f"{number:4d} {candidate.op:18s} is not for factors of these sizes"
     first = next((r for r in made if r.chain), made[0])
     knobs = " ".join(f"{k}={v}" for k, v in candidate.knobs.items())
     what = f"{first.microseconds:9.1f} us {100 * (first.fraction_of_ceiling or 0):5.1f} %" if first.microseconds else (
