@@ -2,8 +2,9 @@
 
 Of the records of one op, kernel version and architecture, a candidate counts that was never wrong, failed or refused.
 Candidates are compared by the geometric mean of time / least time over the shapes asked for; a shape
-that nobody measured is stood in for by the nearest measured one. Timings of chains made of these shapes count
-as much as the shapes in them: launches that overlap show in chains only.
+that nobody measured is stood in for by the nearest measured one. Where a chain made of these shapes was timed, or one
+with a shape that stands in, it takes the place of the shapes in it: launches that overlap show in chains only, and what
+is fastest alone need not be there.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from liftc.codegen.default_knobs import CPU_KNOBS, chip_family
 from liftc.codegen.knobs import CpuKnobs
 from liftc.format import LiftFormat
 from liftc.kernel_records import Record, chain_shapes
+
+NOISE = 0.005
+"""Share of the time by which others must beat the default: by less, the same knobs differ from run to run."""
 
 Item = tuple[str, int, int, int, str]
 """What a timing is of: format, out_features, in_features, batch, chain."""
@@ -82,8 +86,9 @@ def best_knobs(
 ) -> Choice | None:
     """The best knobs of `kind` for an op on an architecture, or None where nothing of use was measured.
 
-    tokens: (least, most) batch of the kernel, whose knobs then have tokens = most; None for any batch. default: only
-    knobs for factors as large as those of these count, where they are limited.
+    tokens: (least, most) batch of the kernel, whose knobs then have tokens = most; None for any batch. default: the
+    choice unless others are faster by more than NOISE; only knobs for factors as large as those of it count, where they
+    are limited.
     """
     times = {
         knobs: found
@@ -96,9 +101,13 @@ def best_knobs(
         return None
     weights: dict[Item, int] = {}
     exact = 0
+    stand_ins = set()
     for request in requests:
         near = _nearest(request, measured)
-        exact += (str(request.format), request.out_features, request.in_features) == near[0][:3]
+        if (str(request.format), request.out_features, request.in_features) == near[0][:3]:
+            exact += 1
+        else:
+            stand_ins.add(near[0][:3])
         weights.update(dict.fromkeys(near, 1))
     # A lift for factors of some size is measured alone on some of the shapes, and in a chain of all.
     kept = {(i[0], i[1], i[2]) for i in weights} | {
@@ -106,8 +115,10 @@ def best_knobs(
     }
     for item in {i for found in times.values() for i in found if i[4]}:
         shapes = [_of_op(op, shape) for shape in chain_shapes(item[4])]
-        if all((item[0], *shape) in kept for shape in shapes):
+        if all((item[0], *s) in kept for s in shapes) or any((item[0], *s) in stand_ins for s in shapes):
             weights[item] = len(shapes)
+            for shape in shapes:
+                weights.pop((item[0], *shape, item[3], ""), None)
     least = {i: min(found[i] for found in times.values() if i in found) for i in weights}
     most = max(len(weights.keys() & found.keys()) for found in times.values())
 
@@ -117,6 +128,8 @@ def best_knobs(
 
     full = {knobs: found for knobs, found in times.items() if len(weights.keys() & found.keys()) == most}
     winner = min(full, key=lambda knobs: (score(full[knobs]), str(knobs)))
+    if default in full and score(full[default]) <= score(full[winner]) + math.log1p(NOISE):
+        winner = default
     return Choice(winner, len(full), len(requests), exact, arch)
 
 

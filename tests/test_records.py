@@ -177,6 +177,14 @@ def test_the_least_geometric_mean_wins() -> None:
     assert best(found, REQUESTS[:1]).knobs == OTHER
 
 
+def test_the_default_stays_unless_others_are_faster_by_more_than_noise() -> None:
+    for time, want in ((9.99, SLOW), (9.9, FAST)):
+        found = sweep({SLOW: (10.0, 10.0), FAST: (time, time)})
+        choice = best_knobs(found, "sign_matmul_tiled", TensorCoreKnobs, "sm_90a", REQUESTS, (1, 1), SLOW)
+        assert choice is not None and choice.knobs == want and choice.candidates == 2
+        assert best(found).knobs == FAST
+
+
 def test_wrong_failed_partial_and_foreign_records_do_not_count() -> None:
     found = sweep({SLOW: (10.0, 10.0), FAST: (1.0, 1.0), OTHER: (2.0, 2.0)})
     for status in ("wrong", "failed", "refused"):
@@ -199,11 +207,13 @@ def test_the_nearest_shape_stands_in() -> None:
     assert best(found, (far,)).knobs == SLOW
 
 
-def test_chains_of_the_shapes_weigh_as_much_as_the_shapes() -> None:
-    found = sweep({SLOW: (10.0, 10.0), FAST: (9.5, 9.5)})
+def test_a_chain_takes_the_place_of_the_shapes_in_it() -> None:
+    found = sweep({SLOW: (10.0, 10.0), FAST: (5.0, 5.0)})
     chain = {"out_features": 0, "in_features": 0, "chain": "4096x4096+8192x1024*3"}
-    found += [timed(SLOW, 60.0, **chain), timed(FAST, 90.0, **chain)]
+    found += [timed(SLOW, 60.0, **chain), timed(FAST, 61.0, **chain)]
     assert best(found).knobs == SLOW
+    assert best(found, (ShapeRequest(FMT, 5120, 5120),)).knobs == SLOW  # for which 4096 x 4096 stands in
+    assert best(found, REQUESTS[:1]).knobs == FAST
     other = {**chain, "chain": "4096x4096+512x512*3"}
     assert best([*found[:4], timed(SLOW, 60.0, **other), timed(FAST, 90.0, **other)]).knobs == FAST
 
