@@ -253,6 +253,17 @@ def lift_planes(symbol: str, dtype: str, knobs: LiftKnobs, form: str = "plain") 
         if knobs.dependent_launch:
             call("dependent_wait")
 
+        @T.inline
+        def add_up(values, first, apart):  # of all threads; a token's parts lie `apart` rows of squares from the last's
+            for t in T.unroll(GROUP):
+                mine: T.let[T.int32] = (first + t * apart) * WARPS + warp
+                call("warp_sum", values[t], squares.ptr_to([mine]), lane, ready.ptr_to([0]), 0, 1)
+            T.cuda.cta_sync()
+            for t in T.unroll(GROUP):
+                values[t] = T.float32(0)
+                for q in T.unroll(WARPS):
+                    values[t] = values[t] + squares[(first + t * apart) * WARPS + q]
+
         if form == "norm":
             for t in T.unroll(GROUP):
                 root[t] = T.float32(0)
@@ -265,13 +276,8 @@ def lift_planes(symbol: str, dtype: str, knobs: LiftKnobs, form: str = "plain") 
                         raw.ptr_to([0]),
                     )
                     root[t] = root[t] + call("squares_x8", raw.ptr_to([0]), KIND)
-                at_root: T.let[T.int32] = (GROUP * CLUSTER + t) * WARPS + warp
-                call("warp_sum", root[t], squares.ptr_to([at_root]), lane, ready.ptr_to([0]), 0, 1)
-            T.cuda.cta_sync()
+            add_up(root, GROUP * CLUSTER, 1)
             for t in T.unroll(GROUP):
-                root[t] = T.float32(0)
-                for q in T.unroll(WARPS):
-                    root[t] = root[t] + squares[(GROUP * CLUSTER + t) * WARPS + q]
                 root[t] = T.rsqrt(root[t] * (T.float32(1) / T.Cast("float32", IC)) + eps)
 
         @T.inline
@@ -298,14 +304,8 @@ def lift_planes(symbol: str, dtype: str, knobs: LiftKnobs, form: str = "plain") 
                         for h in T.unroll(HELD):
                             centre[t] = centre[t] + call("sum_x8", raw.ptr_to([(t * HELD + h) * RAW]), KIND)
             if choice == 0:
-                for t in T.unroll(GROUP):  # where nobody but this block stores, and its norm of x much later
-                    at_centre: T.let[T.int32] = (t * CLUSTER + rank) * WARPS + warp
-                    call("warp_sum", centre[t], squares.ptr_to([at_centre]), lane, ready.ptr_to([0]), 0, 1)
-                T.cuda.cta_sync()
+                add_up(centre, rank, CLUSTER)  # where nobody but this block stores, and its norm of x much later
                 for t in T.unroll(GROUP):
-                    centre[t] = T.float32(0)
-                    for q in T.unroll(WARPS):
-                        centre[t] = centre[t] + squares[(t * CLUSTER + rank) * WARPS + q]
                     centre[t] = centre[t] / T.Cast("float32", IC)
             for turn in T.serial(turns):
                 if turns > 1:
@@ -316,14 +316,8 @@ def lift_planes(symbol: str, dtype: str, knobs: LiftKnobs, form: str = "plain") 
                         root[t] = root[t] + call(
                             "deviations_x8", raw.ptr_to([(t * HELD + h) * RAW]), centre[t], left_of, KIND
                         )
+            add_up(root, GROUP * CLUSTER, 1)
             for t in T.unroll(GROUP):
-                at_spread: T.let[T.int32] = (GROUP * CLUSTER + t) * WARPS + warp
-                call("warp_sum", root[t], squares.ptr_to([at_spread]), lane, ready.ptr_to([0]), 0, 1)
-            T.cuda.cta_sync()
-            for t in T.unroll(GROUP):
-                root[t] = T.float32(0)
-                for q in T.unroll(WARPS):
-                    root[t] = root[t] + squares[(GROUP * CLUSTER + t) * WARPS + q]
                 root[t] = T.rsqrt(root[t] / T.Cast("float32", IC) + eps)
 
         @T.inline
