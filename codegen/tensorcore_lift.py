@@ -254,7 +254,9 @@ def lift_planes(symbol: str, dtype: str, knobs: LiftKnobs, form: str = "plain") 
             call("dependent_wait")
 
         @T.inline
-        def add_up(values, first, apart):  # of all threads; a token's parts lie `apart` rows of squares from the last's
+        def add_up(
+            values, first, apart
+        ):  # of all threads, by way of rows `first`, `first` + `apart`, ... of squares
             for t in T.unroll(GROUP):
                 mine: T.let[T.int32] = (first + t * apart) * WARPS + warp
                 call("warp_sum", values[t], squares.ptr_to([mine]), lane, ready.ptr_to([0]), 0, 1)
@@ -304,7 +306,8 @@ def lift_planes(symbol: str, dtype: str, knobs: LiftKnobs, form: str = "plain") 
                         for h in T.unroll(HELD):
                             centre[t] = centre[t] + call("sum_x8", raw.ptr_to([(t * HELD + h) * RAW]), KIND)
             if choice == 0:
-                add_up(centre, rank, CLUSTER)  # where nobody but this block stores, and its norm of x much later
+                # Where nobody but this block stores, and its norm of x much later.
+                add_up(centre, rank, CLUSTER)
                 for t in T.unroll(GROUP):
                     centre[t] = centre[t] / T.Cast("float32", IC)
             for turn in T.serial(turns):
