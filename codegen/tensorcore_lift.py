@@ -254,9 +254,8 @@ def lift_planes(symbol: str, dtype: str, knobs: LiftKnobs, form: str = "plain") 
             call("dependent_wait")
 
         @T.inline
-        def add_up(
-            values, first, apart
-        ):  # of all threads, by way of rows `first`, `first` + `apart`, ... of squares
+        def add_up(values, first, apart):
+            # Of all threads, by way of squares: rows `first`, `first` + `apart` and so on are those of the tokens.
             for t in T.unroll(GROUP):
                 mine: T.let[T.int32] = (first + t * apart) * WARPS + warp
                 call("warp_sum", values[t], squares.ptr_to([mine]), lane, ready.ptr_to([0]), 0, 1)

@@ -156,6 +156,11 @@ def test_candidates_that_are_wrong_crash_or_hang_cost_only_themselves(
     assert choices.cpu is not None and choices.cpu.lift_rows < 50
 
 
+@pytest.mark.parametrize("slowest, seconds", [(0.0, 60.0), (0.2, 30.0), (4.5, 45.0), (40.0, 60.0)])
+def test_patience_with_a_candidate_follows_the_others(slowest: float, seconds: float) -> None:
+    assert tune_run._patience(slowest) == seconds
+
+
 def test_damaged_bundles_are_refused(bundle: Path, tmp_path: Path) -> None:
     def damaged(name: str, change: Any) -> Path:
         folder = tmp_path / name

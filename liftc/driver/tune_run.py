@@ -25,6 +25,9 @@ from liftc.runtime.candidates import unmeasured
 
 START_SECONDS = 180.0
 CANDIDATE_SECONDS = 60.0
+"""The most that a candidate may take; when others have been timed, LONGER times the slowest, and SHORTEST at least."""
+
+LONGER, SHORTEST = 10.0, 30.0
 _MOST_CRASHES = 8
 
 Say = Callable[[str], None]
@@ -76,15 +79,15 @@ class Worker:
         if line.strip():
             self._errors = [*self._errors[-20:], line.strip()]
 
-    def ask(self, number: int) -> dict[str, Any]:
-        """Measure a candidate; RuntimeError with a reason when the process dies or takes too long."""
+    def ask(self, number: int, seconds: float) -> dict[str, Any]:
+        """Measure a candidate; RuntimeError with a reason when the process dies or takes longer."""
         assert self.process.stdin is not None
         try:
             self.process.stdin.write(f"{number}\n")
             self.process.stdin.flush()
         except OSError:
             raise RuntimeError(self._death()) from None
-        return self.answer(CANDIDATE_SECONDS)
+        return self.answer(seconds)
 
     def answer(self, seconds: float) -> dict[str, Any]:
         """The next line the process writes."""
@@ -156,7 +159,7 @@ def run_bundle(
             try:
                 if worker is None:
                     worker = _start(folder)
-                answer = worker.ask(number)
+                answer = worker.ask(number, _patience(slowest))
                 made = [parse_record(json.dumps(r)) for r in answer["records"]]
                 broken = bool(answer["broken"])
             except (RuntimeError, ValueError, KeyError) as error:
@@ -164,7 +167,8 @@ def run_bundle(
             append_records(file, made)
             found += made
             measured += 1
-            slowest = max(slowest, time.monotonic() - begin)
+            if any(r.status == "ok" for r in made):  # one that hangs or is refused says nothing about others
+                slowest = max(slowest, time.monotonic() - begin)
             say(_line(number, candidate, made))
             if broken and worker is not None:
                 worker.close()
@@ -178,6 +182,11 @@ def run_bundle(
             worker.close()
     seconds = time.monotonic() - started
     return Sweep(file, facts["device"], ceiling, measured, skipped, left, seconds, tuple(found))
+
+
+def _patience(slowest: float) -> float:
+    """Seconds to wait for a candidate where others took `slowest` at most, 0 for none yet."""
+    return min(CANDIDATE_SECONDS, max(SHORTEST, LONGER * slowest)) if slowest else CANDIDATE_SECONDS
 
 
 def _start(folder: Path) -> Worker:
