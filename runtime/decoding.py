@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any, Protocol
+from functools import partial
+from typing import Protocol
 
 import torch
 
@@ -31,12 +32,16 @@ class Captured(Protocol):
         """Launch them again, on the same memory."""
 
 
-def capture(run: Callable[[], Tensor]) -> tuple[Captured, Tensor]:
-    """The launches of run() and the tensor that holds its result after each replay. Raises RuntimeError."""
+def capture(device: torch.device, run: Callable[[], Tensor]) -> tuple[Captured, Tensor]:
+    """The launches of run() on a GPU and the tensor that holds its result after each replay. Raises RuntimeError."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
         result = run()
     return graph, result
+
+
+Make = Callable[[Callable[[], Tensor]], tuple[Captured, Tensor]]
+"""Captures what it is given to call."""
 
 
 class Decoder:
@@ -45,12 +50,7 @@ class Decoder:
     graphs: those of a CausalLM. room: tokens the cache holds, at least 2. make: what captures launches; None for none.
     """
 
-    def __init__(
-        self,
-        graphs: dict[str, BoundGraph],
-        room: int,
-        make: Callable[[Callable[[], Tensor]], tuple[Captured, Tensor]] | None,
-    ) -> None:
+    def __init__(self, graphs: dict[str, BoundGraph], room: int, make: Make | None) -> None:
         self.room = room
         self.cache = KVCache(graphs["prefill"], room)
         self._graph, self._make = graphs["decode"], make
@@ -83,7 +83,7 @@ class Decoder:
     def _run(self) -> Tensor:
         return self._graph.call(self._token, self._position, *self.cache.tensors)  # type: ignore[return-value]
 
-    def _try(self, make: Callable[[Callable[[], Tensor]], tuple[Captured, Tensor]]) -> Any:
+    def _try(self, make: Make) -> tuple[Captured, Tensor] | None:
         try:
             return make(self._run)
         except RuntimeError as error:
@@ -102,7 +102,7 @@ class Decoders:
 
     def __init__(self, graphs: dict[str, BoundGraph], device: torch.device, captures: bool) -> None:
         self._graphs, self._on_gpu = graphs, device.type == "cuda"
-        self._make = capture if captures and self._on_gpu else None
+        self._make = partial(capture, device) if captures and self._on_gpu else None
         self._waiting: list[Decoder] = []
 
     def take(self, room: int, most: int) -> Decoder:
