@@ -57,6 +57,7 @@ def run_tests() -> dict[str, Any]:
     """The GPU tests of the kernels (on build/kernels/cuda-*.so), and the encoder against its reference."""
     tests = [sys.executable, "-m", "pytest", "-q", "--noconftest", "tests/test_kernels_gpu.py"]
     tests += ["tests/test_tiles_gpu.py", "tests/test_weight_first_gpu.py", "tests/test_formats_gpu.py"]
+    tests += ["tests/test_decoding_gpu.py"]
     code = subprocess.run(tests, cwd=ROOT).returncode
     check = [sys.executable, "scripts/gpu_lattice.py", "--check", "--out", "build/gpu-check"]
     encoder = subprocess.run(check, cwd=ROOT, stdout=subprocess.PIPE, text=True).stdout

@@ -37,7 +37,7 @@ def make(run: Callable[[], Tensor]) -> tuple[Replays, Tensor]:
     return MADE[-1], MADE[-1].result
 
 
-def graphs() -> dict[str, BoundGraph]:
+def graphs(device: torch.device = CPU) -> dict[str, BoundGraph]:
     """A decode graph that keeps every token in the cache and returns the sum of them as logits."""
     graph = Graph()
     token, position, cache = (graph.placeholder(name) for name in ("token", "position", "k_cache_0"))
@@ -47,12 +47,13 @@ def graphs() -> dict[str, BoundGraph]:
         (cache, 2, position, graph.call_method("view", (token, 1, 1, 1, 1))),
     )
     graph.output((graph.call_method("sum", (kept,)),))
-    bound = BoundGraph(graph, {}, CPU)
+    bound = BoundGraph(graph, {}, device)
     return {"decode": bound, "prefill": bound}
 
 
 def decoded(decoder: Decoder, tokens: list[int]) -> list[int]:
-    return [int(decoder.step(torch.tensor([[t]]), i)) for i, t in enumerate(tokens)]
+    device = decoder.cache.tensors[0].device
+    return [int(decoder.step(torch.tensor([[t]], device=device), i)) for i, t in enumerate(tokens)]
 
 
 def test_replays_give_what_separate_launches_give() -> None:
