@@ -81,17 +81,16 @@ class Bench:
         mine = [f for f in loaded.object.functions if f.symbol in candidate.symbols]
         dtypes, cases = {f.dtype for f in mine}, {_case(f) for f in mine}
         ops = next((forms for forms in (PRODUCTS, LIFTS) if candidate.op in forms), (candidate.op,))
-        others = [f for f in self.base.object.functions if f.op not in ops or f.dtype not in dtypes]
-        apart = [
-            f for f in self.base.object.functions if candidate.op in LIFTS and f.op in ops and _case(f) not in cases
-        ]  # fmt: skip
+        rivals = [f for f in self.base.object.functions if f.op in ops and f.dtype in dtypes]
+        same = [f for f in rivals if candidate.op not in LIFTS or _case(f) in cases]
         functions = {**self.base.functions, **{f.symbol: loaded.functions[f.symbol] for f in mine}}
 
-        def base(*rest: KernelFunction) -> Kernels:
-            kept = replace(self.base.object, functions=(*mine, *rest))
-            return replace(self.base, object=kept, functions=functions)
+        def without(dropped: list[KernelFunction]) -> Kernels:
+            kept = [f for f in self.base.object.functions if f not in dropped]
+            made = replace(self.base.object, functions=(*mine, *kept))
+            return replace(self.base, object=made, functions=functions)
 
-        return base(*others), base(*others, *(f for f in apart if f.dtype in dtypes))
+        return without(rivals), without(same)
 
     def _batches(self, candidate: BundleCandidate) -> list[int]:
         """Those of the bundle that this candidate is made for: all, or the largest up to its tokens."""
@@ -143,9 +142,11 @@ class Bench:
                 before = len(made)
                 unique = dict.fromkeys((0, s[1]) if lifts else s for s in shapes)
                 for rows, features in unique:
-                    copies = self._copies(ops, [(rows or features, features)], fmt, batch)
-                    if not self._takes(ops, candidate, copies[0]):
+                    shape = (rows or features, features)
+                    (one,) = self.operands.linears(ops, [shape], fmt, batch, self.dtype)
+                    if not self._takes(ops, candidate, one):
                         continue
+                    copies = self._copies(ops, [shape], fmt, batch)
                     size = sum(c.lift_bytes if lifts else c.sign_bytes for c in copies) / len(copies)
                     time = self._chain(ops, copies, "lift" if lifts else "product") / len(copies)
                     made.append(self._record(candidate, fmt, (rows, features), batch, time, size))

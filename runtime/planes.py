@@ -78,9 +78,9 @@ LIFT_OPS = ("lift_planes", "lift_planes_norm", "lift_planes_gate", "lift_planes_
 LIFTS = ("lift_planes_grouped", "lift_planes")
 """Kernels of the lift of x itself; of those for as many tokens and factors as large the first of these is preferred."""
 
-ONE_PASS = ("lift_planes_gelu",)
-"""Forms whose operations are one launch of their own: that and a kernel for fewer tokens or smaller factors take less
-time than a kernel for any (docs/tuning.md)."""
+CHEAP_APART = ("lift_planes_gelu",)
+"""Forms whose operations are a launch or two of their own: those and a kernel for fewer tokens or smaller factors
+mostly take less time than this form's kernel for any (docs/tuning.md)."""
 
 PLAIN, GATED = Source(), Source("lift_planes_gate")
 GELUS = tuple(Source("lift_planes_gelu", choice=choice) for choice in range(4))
@@ -144,7 +144,7 @@ class PlaneKernels:
             return None
         found = self._closest(source.op, x.dtype, tokens, t1, t2)
         if found is None or (
-            source.op in ONE_PASS and self._plain_is_closer(found[0], x.dtype, tokens, t1, t2)
+            source.op in CHEAP_APART and self._plain_is_closer(found[0], x.dtype, tokens, t1, t2)
         ):
             return None
         return self._lift_with(*found, tokens, x, activation_scale, left, right, source)
